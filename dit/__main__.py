@@ -1,0 +1,48 @@
+"""The command line: `dit VERB key=value ...`."""
+
+import importlib
+import sys
+
+VERBS = {
+    "train": "train a model:               dit train experiment=digits",
+    "sample": "draw images with a run:      dit sample run=digits labels=[0,1,2,3] guidance.scale=2",
+}
+
+HELP = """dit trains diffusion transformers.
+
+  dit VERB key=value ...
+
+{verbs}
+
+  dit VERB --help        the verb's groups and keys
+  dit VERB --cfg job     print the composed configuration and do nothing
+  dit VERB -m key=a,b    one run for each combination
+  dit --version
+
+Exit codes: 0 done, 2 a mistake in the configuration or input, 3 data that broke while training, 4 no intact checkpoint,
+75 stopped by SIGTERM with a checkpoint (start again to go on), 130 stopped by Ctrl-C with a checkpoint.
+"""
+
+
+def main() -> None:
+    """Run one verb."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP.format(verbs="\n".join(f"  {verb:<8} {text}" for verb, text in VERBS.items())), end="")
+        raise SystemExit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        from dit import __version__
+
+        print(f"dit {__version__}")
+        raise SystemExit(0)
+    if arguments[0] not in VERBS:
+        print(f"dit: there is no verb {arguments[0]}; choose one of {', '.join(VERBS)}", file=sys.stderr)
+        raise SystemExit(2)
+    from dit.command.compose import launch
+
+    command = importlib.import_module(f"dit.command.{arguments[0]}")
+    raise SystemExit(launch(arguments[0], command, arguments[1:]))
+
+
+if __name__ == "__main__":
+    main()

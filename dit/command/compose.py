@@ -1,0 +1,178 @@
+"""Compose a verb's configuration, and answer mistakes before torch is imported: the value, the nearest name, exit 2."""
+
+import difflib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+OmegaConf.register_new_resolver("divide", lambda a, b: a // b, replace=True)
+
+
+class ConfigError(ValueError):
+    """A mistake in the configuration."""
+
+    exit_code = 2
+
+
+def config_dir() -> Path:
+    """The folder conf/, of the checkout or of the installed package."""
+    package = Path(__file__).parents[1]
+    beside = package.parent / "conf"
+    return beside if (beside / "train.yaml").exists() else package / "conf"
+
+
+@contextmanager
+def _hydra() -> Iterator[None]:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        yield
+
+
+def jobs(verb: str, overrides: Sequence[str], multirun: bool = False) -> list[list[str]]:
+    """The overrides of every job: one, or with multirun one for each combination of comma-separated values.
+
+    Raises:
+        ConfigError: if an override cannot be parsed.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigError(f"cannot read the overrides {list(overrides)}: {error}") from error
+    if multirun:
+        [batch] = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+        return [list(job) for job in batch]
+    for override in parsed:
+        if override.is_sweep_override():
+            raise ConfigError(f"{override.input_line} names several values: add -m to run them all")
+    return [list(overrides)]
+
+
+def compose(verb: str, overrides: Sequence[str]) -> DictConfig:
+    """The configuration of a verb, each override checked against what exists.
+
+    Raises:
+        ConfigError: naming the override and the way out.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    try:
+        with _hydra():
+            loader = GlobalHydra.instance().config_loader()
+            groups = [o for o in parsed if _is_group(loader, o)]
+            for override in groups:
+                _check_option(loader, override)
+            base = hydra_compose(verb, [o.input_line or "" for o in groups])
+            for override in parsed:
+                if override not in groups and not override.key_or_group.startswith("hydra"):
+                    _check_key(base, override, loader.list_groups(""))
+            cfg = hydra_compose(verb, list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    _check_complete(cfg)
+    return cfg
+
+
+def _is_group(loader: ConfigLoader, override: Override) -> bool:
+    return override.key_or_group in loader.list_groups("") or "/" in override.key_or_group
+
+
+def _check_option(loader: ConfigLoader, override: Override) -> None:
+    options = loader.get_group_options(override.key_or_group, ObjectType.CONFIG)
+    value = override.value()
+    if isinstance(value, str) and value not in options and value != "null":
+        raise ConfigError(f"{override.input_line}: no such option; {_nearest(value, options)}")
+
+
+def _check_key(base: DictConfig, override: Override, groups: Sequence[str]) -> None:
+    """The key must exist, and a number must stay a number."""
+    key = override.key_or_group
+    node: Any = base
+    for name in key.split("."):
+        if not isinstance(node, DictConfig) or name not in node:
+            known = list(OmegaConf.to_container(base, resolve=False))  # type: ignore[call-overload]
+            candidates = [*_keys(base), *known, *groups]
+            raise ConfigError(f"{override.input_line}: there is no key {key}; {_nearest(key, candidates)}")
+        node = node._get_node(name)
+    if override.is_delete():
+        raise ConfigError(f"{override.input_line}: keys cannot be deleted; set {key}=null where that is allowed")
+    default = None if node._is_missing() else OmegaConf.select(base, key, throw_on_missing=False)
+    value = override.value()
+    if isinstance(default, bool) and not isinstance(value, bool):
+        raise ConfigError(f"{override.input_line}: expected true or false, like {key}={str(default).lower()}")
+    if isinstance(default, int | float) and not isinstance(default, bool):
+        wanted = int | float if isinstance(default, float) else int
+        if value is not None and (isinstance(value, bool) or not isinstance(value, wanted)):
+            kind = "a number" if isinstance(default, float) else "a whole number"
+            raise ConfigError(f"{override.input_line}: expected {kind}, like {key}={default}")
+    if isinstance(default, DictConfig) and not isinstance(value, dict):
+        raise ConfigError(f"{override.input_line}: {key} is a group of keys; {_nearest(key + '.', _keys(base))}")
+
+
+def _check_complete(cfg: DictConfig) -> None:
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ConfigError(f"{missing[0]} is not set: give {missing[0]}=<value>")
+    OmegaConf.to_container(cfg, resolve=True)
+
+
+def check_least(cfg: DictConfig, least: dict[str, float], positive: Sequence[str] = ()) -> None:
+    """Numbers that must not be smaller.
+
+    Raises:
+        ConfigError: naming the key, its value and the least one.
+    """
+    for key, bound in least.items():
+        value = OmegaConf.select(cfg, key)
+        if value is not None and value < bound:
+            raise ConfigError(f"{key}={value} must be at least {bound}")
+    for key in positive:
+        value = OmegaConf.select(cfg, key)
+        if value is not None and not value > 0:
+            raise ConfigError(f"{key}={value} must be greater than 0")
+
+
+def check_run_name(name: Any) -> None:
+    """A run's name is the name of a folder.
+
+    Raises:
+        ConfigError: if it could lead elsewhere.
+    """
+    allowed = "letters, digits and . _ - = , +"
+    if not isinstance(name, str | int) or not str(name).strip("."):
+        raise ConfigError(f"run={name}: a run needs a name, of {allowed}")
+    if ".." in str(name) or not all(c.isalnum() or c in "._-=,+" for c in str(name)) or os.sep in str(name):
+        raise ConfigError(f"run={name}: a run's name is a folder's name: use {allowed}, and no '..'")
+
+
+def _keys(node: DictConfig | ListConfig, prefix: str = "") -> list[str]:
+    """All dotted keys."""
+    if not isinstance(node, DictConfig):
+        return []
+    keys = []
+    for name in node:
+        child = node._get_node(name)
+        keys.append(f"{prefix}{name}")
+        if isinstance(child, DictConfig):
+            keys += _keys(child, f"{prefix}{name}.")
+    return keys
+
+
+def _nearest(name: str, candidates: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, sorted(set(candidates)), n=3, cutoff=0.6)
+    if close:
+        return "did you mean " + " or ".join(close) + "?"
+    siblings = [c for c in candidates if c.rpartition(".")[0] == name.rpartition(".")[0]] or candidates
+    return "choose one of " + ", ".join(sorted(set(siblings)))

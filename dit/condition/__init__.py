@@ -1,0 +1,1 @@
+"""What the network is told besides the noise, and its dropout for guidance."""

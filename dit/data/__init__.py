@@ -1,0 +1,1 @@
+"""Shards of images: written, checked, streamed."""

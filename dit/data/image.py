@@ -1,0 +1,54 @@
+"""Image files to tensors and tensors to pictures."""
+
+import io
+import math
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def decode(data: bytes, size: int, channels: int) -> Tensor:
+    """The pixels of an image file, centre-cropped to a square: uint8 (channels, size, size)."""
+    with Image.open(io.BytesIO(data)) as image:
+        image = centre_crop(image.convert({1: "L", 3: "RGB"}[channels]), size)
+    return torch.from_numpy(np.array(image).reshape(size, size, channels).transpose(2, 0, 1).copy())
+
+
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """The centre square of an image at the wanted size, as ADM prepares ImageNet (arXiv:2105.05233).
+
+    Halved by averaging while the short side is at least twice the size, then bicubic; an image of the right size is
+    left untouched.
+    """
+    if image.size == (size, size):
+        return image
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def encode_png(pixels: Tensor) -> bytes:
+    """A PNG file of uint8 pixels (C, H, W), C = 1 or 3."""
+    array = pixels.permute(1, 2, 0).numpy()
+    file = io.BytesIO()
+    Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(file, "PNG")
+    return file.getvalue()
+
+
+def grid(images: Tensor, columns: int, min_side: int = 48) -> Tensor:
+    """Images side by side with a thin gap, small ones enlarged: uint8 (N, C, H, W) -> (C, height, width)."""
+    zoom = max(1, math.ceil(min_side / images.shape[-1]))
+    images = images.repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)
+    number, channels, height, width = images.shape
+    rows = math.ceil(number / columns)
+    gap = max(1, width // 24)
+    canvas = images.new_full((channels, rows * (height + gap) - gap, columns * (width + gap) - gap), 255)
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        canvas[:, top : top + height, left : left + width] = image
+    return canvas

@@ -1,0 +1,34 @@
+"""Write samples into WebDataset tar shards."""
+
+import io
+import shutil
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from dit.data import index
+
+
+def write_shards(folder: Path, samples: Iterable[tuple[bytes, int]], samples_per_shard: int) -> None:
+    """Write (PNG file, class) pairs as `000000.tar`, ... with a manifest; the folder appears whole or not at all.
+
+    Member names are `<number>.png` and `<number>.cls`, the class in ASCII. The same samples give the same bytes.
+    """
+    partial = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tar = None
+    for number, (image, label) in enumerate(samples):
+        if number % samples_per_shard == 0:
+            if tar is not None:
+                tar.close()
+            tar = tarfile.open(partial / f"{number // samples_per_shard:06d}.tar", "w", format=tarfile.USTAR_FORMAT)
+        assert tar is not None
+        for extension, data in (("png", image), ("cls", str(label).encode())):
+            member = tarfile.TarInfo(f"{number:08d}.{extension}")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    if tar is not None:
+        tar.close()
+    index.write(partial)
+    partial.rename(folder)

@@ -1,0 +1,121 @@
+"""A small classifier, trained on the real data, as the judge of generated images."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dit.metric.frechet import frechet_distance
+
+
+class Classifier(nn.Module):
+    """A small convolutional network for small images; `features` is its penultimate layer."""
+
+    def __init__(self, channels: int, num_classes: int, num_features: int = 48):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(channels, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(4),
+            nn.Flatten(),
+            nn.Linear(64 * 4 * 4, num_features),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(num_features, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) in [-1, 1] -> logits (B, classes)."""
+        return self.head(self.features(images))
+
+
+def train_classifier(
+    images: Tensor, labels: Tensor, num_classes: int, *, seed: int, num_steps: int = 800, batch_size: int = 128
+) -> Classifier:
+    """A classifier trained on uint8 images (N, C, H, W) with Gaussian noise and shifts of a pixel; its own generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        classifier = Classifier(images.shape[1], num_classes)
+        optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=1e-2)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=num_steps)
+        scaled = to_float(images)
+        for _ in range(num_steps):
+            rows = torch.randint(len(images), (batch_size,))
+            shift = tuple(torch.randint(-1, 2, (2,)).tolist())
+            batch = scaled[rows].roll(shift, dims=(2, 3)) + 0.2 * torch.randn(scaled[rows].shape)
+            loss = F.cross_entropy(classifier(batch), labels[rows], label_smoothing=0.05)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return classifier.eval()
+
+
+@torch.no_grad()
+def judge(
+    sample: Callable[[Tensor], Tensor],
+    train: tuple[Tensor, Tensor],
+    held_out: tuple[Tensor, Tensor],
+    *,
+    num_images: int = 2000,
+    seed: int = 1,
+) -> dict[str, float]:
+    """Quality of class-conditional samples, judged by a classifier trained on the training images with its own seed.
+
+    Args:
+        sample: labels (N,) -> uint8 images (N, C, H, W).
+        train: uint8 images and labels for training the judge and as the reference.
+        held_out: the same, of images that were kept from training.
+        num_images: how many samples to judge, the classes in turn.
+        seed: of the judge.
+
+    Returns:
+        `accuracy`: the share of samples in which the judge sees the class that was asked for.
+        `diversity`: the variance of the judge's features within classes, over that of the training images.
+        `frechet`: the Frechet distance of the samples' features to the training images'.
+        `frechet_floor`: the same of the held-out images; their small number dominates it.
+        `frechet_noise`: the same of uniform noise.
+        `nearest`: median distance of a sample to its nearest training image in pixels, over that of held-out images:
+            much less than 1 is memorising.
+        `judge_accuracy`: the judge's own accuracy on the held-out images.
+    """
+    images, labels = train
+    num_classes = int(labels.max()) + 1
+    with torch.enable_grad():
+        classifier = train_classifier(images, labels, num_classes, seed=seed)
+    asked = torch.arange(num_images) % num_classes
+    drawn = sample(asked)
+    noise = torch.randint(0, 256, drawn.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+    reference = classifier.features(to_float(images))
+    features = classifier.features(to_float(drawn))
+    return {
+        "accuracy": _accuracy(classifier, drawn, asked),
+        "diversity": _within_class_variance(features, asked) / _within_class_variance(reference, labels),
+        "frechet": frechet_distance(features, reference),
+        "frechet_floor": frechet_distance(classifier.features(to_float(held_out[0])), reference),
+        "frechet_noise": frechet_distance(classifier.features(to_float(noise)), reference),
+        "nearest": _median_nearest(drawn, images) / _median_nearest(held_out[0], images),
+        "judge_accuracy": _accuracy(classifier, *held_out),
+    }
+
+
+def to_float(images: Tensor) -> Tensor:
+    """0..255 -> [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def _accuracy(classifier: Classifier, images: Tensor, labels: Tensor) -> float:
+    return (classifier(to_float(images)).argmax(1) == labels).float().mean().item()
+
+
+def _within_class_variance(features: Tensor, labels: Tensor) -> float:
+    classes = [features[labels == label].double() for label in labels.unique()]
+    return sum(c.var(dim=0).sum().item() for c in classes) / len(classes)
+
+
+def _median_nearest(images: Tensor, reference: Tensor) -> float:
+    distances = torch.cdist(images.flatten(1).float(), reference.flatten(1).float())
+    return distances.min(dim=1).values.median().item()

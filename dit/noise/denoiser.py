@@ -1,0 +1,60 @@
+"""A network given its meaning: noisy x_t in, an estimate of (x0, eps) out."""
+
+import torch
+from torch import Tensor, nn
+
+from dit.noise.prediction import Estimate, Prediction, solve
+from dit.noise.schedule import Schedule
+
+
+class Denoiser(nn.Module):
+    """The only owner of the schedule: F(c_in x_t, c_noise) = a x0 + b eps, solved for (x0, eps).
+
+    Args:
+        network: `network(x, time, **cond)`, x (B, C, H, W), time (B,), to (B, C, H, W), or (B, 2C, H, W) where the
+            second half is a learned variance.
+        schedule: t -> (alpha, sigma).
+        prediction: (schedule, t) -> (a, b).
+
+    Raises:
+        ValueError: if at t_max the prediction says nothing of x0 on this schedule.
+    """
+
+    def __init__(self, network: nn.Module, schedule: Schedule, prediction: Prediction):
+        super().__init__()
+        self.network = network
+        self.schedule = schedule
+        self.prediction = prediction
+        t = torch.tensor(schedule.t_max, dtype=torch.float64)
+        (alpha, sigma), (a, b) = schedule(t), prediction(schedule, t)
+        if abs(alpha * b - sigma * a) < 1e-12:
+            raise ValueError(
+                f"the prediction F = {a:g} x0 + {b:g} eps cannot be solved for x0 at t={schedule.t_max:g}, where "
+                f"alpha={alpha:g}, sigma={sigma:g}: choose another prediction (v works everywhere), or let sampling "
+                "begin a little earlier, as with noise.t_max=0.999"
+            )
+
+    def output(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+        """F, the network's output (B, C, H, W), which objectives regress; t is (B,) or ()."""
+        batch, channels = x_t.shape[:2]
+        scale = self.schedule.input_scale(t).to(x_t)
+        time = self.schedule.time_input(t).to(x_t).expand(batch)
+        f: Tensor = self.network(expand_like(scale, x_t) * x_t, time, **cond)
+        return f[:, :channels].float()
+
+    def forward(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Estimate:
+        """The estimate of (x0, eps), which samplers read; t is (B,) or ()."""
+        f = self.output(x_t, t, **cond)
+        coefficients = self.prediction(self.schedule, t)
+        level = self.schedule(t)
+        return solve(
+            type(coefficients)(*(expand_like(c, x_t) for c in coefficients)),
+            type(level)(*(expand_like(c, x_t) for c in level)),
+            f,
+            x_t,
+        )
+
+
+def expand_like(t: Tensor, x: Tensor) -> Tensor:
+    """(B,) as (B, 1, 1, ...) to broadcast with x; () stays."""
+    return t.reshape(t.shape + (1,) * (x.ndim - 1)) if t.ndim else t

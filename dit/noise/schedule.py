@@ -1,0 +1,50 @@
+"""The schedule of a diffusion or flow model, x_t = alpha(t) x0 + sigma(t) eps."""
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class NoiseLevel(NamedTuple):
+    """How much data and how much noise x_t holds; both of the shape of t."""
+
+    alpha: Tensor
+    sigma: Tensor
+
+
+class Schedule(ABC):
+    """A noise schedule, t -> (alpha, sigma), with alpha(0) = 1 and sigma(0) = 0: data at 0, noise at t_max.
+
+    Times are (B,) or (), in [0, t_max]. Writing `__call__` is enough for a new schedule.
+
+    Attributes:
+        t_max: the time of (nearly) pure noise, where sampling begins.
+        sigma_data: the standard deviation of x0 that `input_scale` and the edm prediction reckon with.
+    """
+
+    t_max: float = 1.0
+    sigma_data: float = 1.0
+
+    @abstractmethod
+    def __call__(self, t: Tensor) -> NoiseLevel:
+        """The level at time t."""
+
+    def rate(self, t: Tensor) -> NoiseLevel:
+        """(d alpha / dt, d sigma / dt), by forward-mode differentiation of the schedule."""
+        _, rate = torch.func.jvp(lambda t: tuple(self(t)), (t,), (torch.ones_like(t),))
+        return NoiseLevel(*rate)
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """log(alpha^2 / sigma^2): +inf at t = 0, falling with t."""
+        alpha, sigma = self(t)
+        return 2 * (alpha.log() - sigma.log())
+
+    def input_scale(self, t: Tensor) -> Tensor:
+        """c_in, by which x_t is multiplied before the network sees it."""
+        return torch.ones_like(t)
+
+    def time_input(self, t: Tensor) -> Tensor:
+        """c_noise, what the network is told of the time."""
+        return t

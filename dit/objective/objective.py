@@ -1,0 +1,30 @@
+"""The interface of a training objective."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from dit.noise.denoiser import Denoiser
+from dit.noise.draw import Draw
+
+
+class Batch(NamedTuple):
+    """What an objective is given at one step."""
+
+    x0: Tensor  # (B, C, H, W)
+    cond: dict[str, Tensor]  # the network's keyword arguments, each (B, ...)
+    draw: Draw  # the step's random numbers
+
+
+class Objective(nn.Module, ABC):
+    """A training objective: in one or several phases a step, the network to update and its loss."""
+
+    @abstractmethod
+    def phases(self, denoiser: Denoiser, batch: Batch, step: int) -> Iterator[tuple[str, Tensor]]:
+        """Yield (network, loss), loss (): the trainer takes an optimizer step on that network after each.
+
+        A phase may rely on the step of the phase before it. Each loss is a mean over the batch, so that the mean over
+        micro-batches is the loss of the whole.
+        """

@@ -1,0 +1,82 @@
+"""From labels and a seed to pictures."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit.condition.condition import Condition
+from dit.latent.latent import Latent
+from dit.noise.denoiser import Denoiser
+from dit.noise.draw import Draw
+from dit.noise.prediction import Estimate
+from dit.noise.schedule import Schedule
+
+
+class Pipeline:
+    """Seeded noise, a guided denoiser, a sampler on its grid of times, the latent's decoder.
+
+    Picture i starts from noise keyed by (seed, i), whatever the batch size.
+
+    Args:
+        denoiser: the denoiser.
+        condition: from what is asked for to `cond`.
+        latent: decodes what was sampled.
+        guidance: (denoiser, null) -> guided denoiser.
+        sampler: `sample(denoise, schedule, x, times, generator=...)`.
+        grid: schedule -> times, (N + 1,).
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        condition: Condition,
+        latent: Latent,
+        guidance: Callable[..., Callable[..., Estimate]],
+        sampler: Callable[..., Tensor],
+        grid: Callable[[Schedule], Tensor],
+    ):
+        self.denoiser = denoiser
+        self.condition = condition
+        self.latent = latent
+        self.guided = guidance(denoiser, condition.null)
+        self.sampler = sampler
+        self.times = grid(denoiser.schedule)
+
+    @torch.no_grad()
+    def __call__(self, asked: Mapping[str, Any], num_images: int, *, seed: int = 0, batch_size: int = 256) -> Tensor:
+        """Draw pictures.
+
+        Args:
+            asked: the condition's fields, each of num_images entries, such as {"label": [0, 1, 2]}.
+            num_images: how many, N.
+            seed: of the noise.
+            batch_size: how many at a time; where the sampler draws fresh noise (eta > 0), the pictures depend on it.
+
+        Returns:
+            (N, C, H, W) uint8, on the CPU.
+        """
+        device = next(self.denoiser.parameters()).device
+        schedule = self.denoiser.schedule
+        cond = {name: value.to(device) for name, value in self.condition(asked).items()}
+        pictures = []
+        for first in range(0, num_images, batch_size):
+            lanes = range(first, min(first + batch_size, num_images))
+            draw = Draw(seed, 0, lanes, len(lanes), device)
+            part = {name: value[first : first + len(lanes)] for name, value in cond.items()}
+            x = schedule(self.times[0]).sigma * draw.normal("x", self.latent.shape)
+            z = self.sampler(
+                lambda x_t, t, part=part: self.guided(x_t, t, **part),
+                schedule,
+                x,
+                self.times,
+                generator=draw.generator("z", lane=first),
+            )
+            pictures.append(to_uint8(self.latent.decode(z)))
+        return torch.cat(pictures).cpu()
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] -> 0..255, rounded to nearest."""
+    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,1 @@
+"""The module, the run, checkpoints and callbacks."""

@@ -1,0 +1,77 @@
+"""From a composed configuration to objects: the only place that calls `instantiate`."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from dit.latent.latent import Latent
+from dit.noise.denoiser import Denoiser
+from dit.noise.schedule import Schedule
+from dit.sampler.pipeline import Pipeline
+
+
+class Parts:
+    """The objects that a configuration describes; the schedule is built once, networks and VAEs only when asked for.
+
+    Args:
+        cfg: with the nodes noise, prediction, model, condition, latent, sampler, grid and guidance.
+
+    Raises:
+        ValueError: if a value is out of range, or two do not fit together.
+    """
+
+    def __init__(self, cfg: DictConfig):
+        self.cfg = cfg
+        self.schedule: Schedule = build(cfg.noise)
+        self.prediction = build(cfg.prediction)
+        self.condition = build(cfg.condition)
+        self.model = build(cfg.model)
+        self._sampler = build({name: value for name, value in cfg.sampler.items() if name != "num_steps"})
+        self._guidance = build(cfg.guidance)
+        with torch.device("meta"):  # what does not fit fails here, before anything large is made
+            denoiser = self.denoiser()
+        self._guidance(denoiser, self.condition.null)
+        times = self.grid(self.schedule)
+        self._sampler(lambda x, t: (x, x), self.schedule, torch.zeros(1, 1), times[-2:])
+        for ours, theirs in [("in_channels", "channels"), ("input_size", "size")]:
+            if cfg.model[ours] != cfg.latent[theirs]:
+                raise ValueError(f"model.{ours}={cfg.model[ours]} differs from latent.{theirs}={cfg.latent[theirs]}")
+
+    def denoiser(self) -> Denoiser:
+        """A new, untrained network on the device of the context, given its meaning."""
+        return Denoiser(self.model(), self.schedule, self.prediction)
+
+    def latent(self) -> Latent:
+        """The latent space, with its VAE, if any, loaded."""
+        latent: Latent = build(self.cfg.latent)
+        return latent
+
+    @property
+    def grid(self) -> Callable[[Schedule], torch.Tensor]:
+        """Schedule -> times, (num_steps + 1,)."""
+        return partial(build(self.cfg.grid), num_steps=self.cfg.sampler.num_steps)
+
+    def pipeline(self, denoiser: Denoiser, latent: Latent) -> Pipeline:
+        """From labels to pictures, with the configured sampler, grid and guidance."""
+        return Pipeline(denoiser, self.condition, latent, self._guidance, self._sampler, self.grid)
+
+
+def build(node: Any, **kwargs: Any) -> Any:
+    """The object of a node with `_target_`.
+
+    Raises:
+        ValueError: the constructor's own, where it rejects a value; or naming the node, where an argument has the wrong
+            name or type.
+        ImportError: the constructor's own, where an optional dependency is missing.
+    """
+    try:
+        return instantiate(node, **kwargs)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ValueError | ImportError):
+            raise error.__cause__ from None
+        raise ValueError(str(error)) from error

@@ -1,0 +1,204 @@
+"""What happens beside the training step: lines of metrics, previews, checkpoints."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from dit.data.image import encode_png, grid
+from dit.train import checkpoint
+from dit.train.interrupt import Interrupt
+from dit.train.module import DiffusionModule
+from dit.train.tracker import WandB
+
+
+class Recorder(Callback):
+    """Averages the loss between log lines, and writes the lines: metrics.jsonl, the terminal, the tracker.
+
+    Args:
+        path: the metrics.jsonl, to which lines are appended.
+        max_steps: where the run ends, for the time left.
+        batch_size: images a step.
+        every_steps: a line every so many steps, and after the last.
+        tracker: gets every line too.
+    """
+
+    def __init__(self, path: Path, max_steps: int, batch_size: int, every_steps: int, tracker: WandB | None):
+        self.path = path
+        self.max_steps = max_steps
+        self.batch_size = batch_size
+        self.every_steps = every_steps
+        self.tracker = tracker
+        self.last: dict[str, Any] = {}
+        self.loss_sum = torch.zeros(())
+        self.num_losses = 0
+        self.total_images = 0
+        self.total_seconds = 0.0
+
+    def state(self) -> dict[str, Any]:
+        """What is already summed of the next line."""
+        return {"loss_sum": self.loss_sum.item(), "num_losses": self.num_losses}
+
+    def load_state(self, state: Mapping[str, Any], step: int) -> None:
+        """Go on from a checkpoint: lines after its step are dropped, as they will be written again."""
+        self.loss_sum = torch.tensor(state["loss_sum"])
+        self.num_losses = state["num_losses"]
+        if self.path.exists():
+            whole = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
+            partial = self.path.with_suffix(".tmp")
+            partial.write_text("".join(kept))
+            partial.replace(self.path)
+            self.last = json.loads(kept[-1]) if kept else {}
+
+    @property
+    def images_per_second(self) -> float:
+        """The mean speed of training proper, since this process began."""
+        return self.total_images / self.total_seconds if self.total_seconds else 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside does not count as training."""
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self.loss_sum = self.loss_sum.to(pl_module.device)
+        self._since = time.perf_counter()
+        self._images = 0
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: DiffusionModule, outputs: Mapping[str, Tensor], batch: Any, batch_idx: int
+    ) -> None:
+        """Sum the loss, and write a line where one is due."""
+        self.loss_sum = self.loss_sum + outputs["loss"]
+        self.num_losses += 1
+        self._images += self.batch_size
+        step = pl_module.step
+        if step % self.every_steps == 0 or step == self.max_steps:
+            self._write(step, outputs["grad_norm"].item(), trainer.optimizers[0].param_groups[0]["lr"])
+
+    def _write(self, step: int, grad_norm: float, lr: float) -> None:
+        loss = self.loss_sum.item() / self.num_losses
+        now = time.perf_counter()
+        rate = self._images / (now - self._since)
+        self.total_images += self._images
+        self.total_seconds += now - self._since
+        self.loss_sum, self.num_losses = torch.zeros_like(self.loss_sum), 0
+        self._since, self._images = now, 0
+
+        self.last = {"step": step, "images": step * self.batch_size, "loss": loss, "grad_norm": grad_norm, "lr": lr}
+        self.last["images_per_second"] = round(rate, 1)
+        with self.path.open("a") as file:
+            file.write(json.dumps(self.last) + "\n")
+        if self.tracker:
+            self.tracker.log(self.last)
+
+        seconds_left = round((self.max_steps - step) * self.batch_size / rate)
+        left = f"{seconds_left // 3600}:{seconds_left // 60 % 60:02d}:{seconds_left % 60:02d}"
+        line = f"step {step}/{self.max_steps}  loss {loss:.4f}  {rate:,.0f} images/s  {left} left"
+        if sys.stdout.isatty():
+            print(f"\r\033[K{line}", end="" if step < self.max_steps else "\n", flush=True)
+        else:
+            print(line, flush=True)
+
+
+class Preview(Callback):
+    """Draws the same picture again and again, so that one sees it sharpen: EMA weights, fixed noise, fixed labels.
+
+    Args:
+        folder: for `step-*.png`.
+        draw: labels (N,) -> uint8 images (N, C, H, W).
+        num_classes: a column each, at most ten.
+        every_steps: a picture every so many steps.
+        recorder: whose clock stops meanwhile, and whose tracker gets the picture.
+    """
+
+    def __init__(
+        self, folder: Path, draw: Callable[[Tensor], Tensor], num_classes: int, every_steps: int, recorder: Recorder
+    ):
+        self.folder = folder
+        self.draw = draw
+        self.columns = min(10, num_classes)
+        self.every_steps = every_steps
+        self.recorder = recorder
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: DiffusionModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Draw where a picture is due, and after the last step."""
+        step = pl_module.step
+        if step % self.every_steps == 0 or step == self.recorder.max_steps:
+            with self.recorder.paused():
+                images = self.draw(torch.arange(self.columns).repeat(4))
+                path = self.folder / f"step-{step:08d}.png"
+                path.write_bytes(encode_png(grid(images, self.columns)))
+                if self.recorder.tracker:
+                    self.recorder.tracker.image("preview", path, step)
+
+
+class Checkpoints(Callback):
+    """Loads the checkpoint to go on from, and commits new ones.
+
+    Args:
+        root: the folder of the run's checkpoints.
+        resume_from: one of them, or None.
+        every_steps: a checkpoint every so many steps, and after the last, and when asked to stop.
+        keep: how many to keep.
+        recorder: whose clock stops meanwhile, and whose sums are part of the state.
+        interrupt: says when to stop.
+    """
+
+    def __init__(
+        self, root: Path, resume_from: Path | None, every_steps: int, keep: int, recorder: Recorder, interrupt: Interrupt
+    ):
+        self.root = root
+        self.resume_from = resume_from
+        self.every_steps = every_steps
+        self.keep = keep
+        self.recorder = recorder
+        self.interrupt = interrupt
+
+    def on_train_start(self, trainer: Trainer, pl_module: DiffusionModule) -> None:  # type: ignore[override]
+        """Load the state, and take over the signals from Lightning, which has just installed handlers of its own."""
+        self.interrupt.install()
+        if self.resume_from is None:
+            return
+        path = self.resume_from
+        state = checkpoint.load_state(path, "run")
+        pl_module.denoiser.network.load_state_dict(checkpoint.load_weights(path, "model"))
+        pl_module.ema.load_state_dict(checkpoint.load_weights(path, "ema"))
+        pl_module.objective.load_state_dict(state["objective"])
+        trainer.optimizers[0].load_state_dict(checkpoint.load_state(path, "optimizer"))
+        pl_module.step = state["step"]
+        self.recorder.load_state(state["recorder"], state["step"])
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: DiffusionModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Commit a checkpoint where one is due; leave if asked to."""
+        step = pl_module.step
+        stop = self.interrupt.signum is not None
+        if stop or step % self.every_steps == 0 or step == self.recorder.max_steps:
+            with self.recorder.paused():
+                self._save(trainer, pl_module)
+        trainer.should_stop = stop
+
+    def _save(self, trainer: Trainer, module: DiffusionModule) -> None:
+        state = {
+            "step": module.step,
+            "recorder": self.recorder.state(),
+            "objective": module.objective.state_dict(),
+        }
+        weights = {"model": module.denoiser.network.state_dict(), "ema": module.ema.state_dict()}
+        states = {"optimizer": trainer.optimizers[0].state_dict(), "run": state}
+        checkpoint.save(self.root, module.step, weights, states, self.keep)

@@ -1,0 +1,128 @@
+"""Checkpoints that are either whole or not there: written aside, synced, committed by rename, verified when read."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+MANIFEST = "manifest.json"
+
+
+class CheckpointError(RuntimeError):
+    """There are checkpoints, but none is intact."""
+
+    exit_code = 4
+
+
+def save(
+    root: Path, step: int, weights: Mapping[str, Mapping[str, Tensor]], states: Mapping[str, Any], keep: int
+) -> Path:
+    """Commit `root/step-<step>`, and remove all but the newest `keep` checkpoints.
+
+    Args:
+        root: the folder of the run's checkpoints.
+        step: finished optimizer steps.
+        weights: tensors by name, each mapping a `.safetensors` file.
+        states: nested tensors and primitives, each a `.pt` file that `weights_only` reads.
+        keep: how many checkpoints to keep, this one included.
+    """
+    final = root / f"step-{step:08d}"
+    if final.exists():
+        return final
+    partial = final.with_suffix(".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name, tensors in weights.items():
+        save_file({key: value.contiguous() for key, value in tensors.items()}, partial / f"{name}.safetensors")
+    for name, state in states.items():
+        torch.save(state, partial / f"{name}.pt")
+    manifest = {
+        "step": step,
+        "versions": {"torch": torch.__version__, "lightning": lightning.__version__},
+        "files": {path.name: _fingerprint(path) for path in sorted(partial.iterdir())},
+    }
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    for path in [*partial.iterdir(), partial]:
+        _sync(path)
+    partial.rename(final)
+    _sync(root)
+    for old in committed(root)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def committed(root: Path) -> list[Path]:
+    """The checkpoints that were committed, oldest first."""
+    return sorted(path for path in root.glob("step-*") if not path.suffix)
+
+
+def newest(root: Path) -> Path | None:
+    """The newest intact checkpoint; None where there never was one.
+
+    What is not intact is passed over, loudly, and put aside as `step-*.corrupt`.
+
+    Raises:
+        CheckpointError: if there are checkpoints but none is intact.
+    """
+    for stale in root.glob("step-*.tmp"):
+        shutil.rmtree(stale)
+    corrupt = []
+    for path in reversed(committed(root)):
+        if not (problem := verify(path)):
+            for other in corrupt:
+                other.rename(other.with_suffix(".corrupt"))
+            return path
+        print(f"dit: WARNING: passing over the checkpoint {path}: {problem}", flush=True)
+        corrupt.append(path)
+    if corrupt:
+        raise CheckpointError(f"no checkpoint in {root} is intact; move the folder away to start anew")
+    return None
+
+
+def verify(path: Path) -> str | None:
+    """What is wrong with a checkpoint; None if it is what was saved."""
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+        for name, fingerprint in files.items():
+            if _fingerprint(path / name) != fingerprint:
+                return f"{name} is not what was saved"
+    except (OSError, ValueError, KeyError) as error:
+        return f"{error}"
+    return None
+
+
+def step_of(path: Path) -> int:
+    """The finished optimizer steps of a checkpoint."""
+    return int(path.name.removeprefix("step-"))
+
+
+def load_weights(path: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of one `.safetensors` file of a checkpoint."""
+    tensors: dict[str, Tensor] = load_file(path / f"{name}.safetensors")
+    return tensors
+
+
+def load_state(path: Path, name: str) -> Any:
+    """The contents of one `.pt` file of a checkpoint, on the CPU; only tensors and primitives are read."""
+    return torch.load(path / f"{name}.pt", map_location="cpu", weights_only=True)
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,239 @@
+"""A training run: its folder, its beginning, its continuation and its end."""
+
+import fcntl
+import itertools
+import json
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from dit.train import checkpoint
+from dit.train.build import Parts, build
+
+if TYPE_CHECKING:  # importing lightning takes seconds, which a mistake in the configuration need not wait for
+    from dit.train.callbacks import Recorder
+    from dit.train.interrupt import Interrupt
+    from dit.train.module import DiffusionModule
+
+# What may differ when a run goes on: everything below these nodes but what decides its numbers.
+FREE = {"trainer", "resume", "sampler", "grid", "guidance", "metric", "evaluation", "logger"}
+FIXED = {f"trainer.{name}" for name in ("batch_size", "micro_batch_size", "lanes", "precision", "max_grad_norm")}
+
+
+class Run:
+    """A run, checked as far as can be without training: configuration, data, folder, checkpoint.
+
+    Starting a name again goes on from its newest intact checkpoint. What decides the numbers of a run must then be as
+    it was; its length, its periods and how it is sampled may differ.
+
+    Args:
+        cfg: the composed configuration of `conf/train.yaml`.
+
+    Raises:
+        ValueError: if the configuration, the data or the folder does not do, with the way out.
+        CheckpointError: if there are checkpoints but none is intact.
+    """
+
+    def __init__(self, cfg: DictConfig):
+        self.cfg = cfg
+        self.parts = Parts(cfg)
+        self.num_micro_batches = _num_micro_batches(cfg.trainer)
+        self.objective = build(cfg.objective)
+        self.tracker = build(cfg.logger)
+        self.data = build(cfg.data)
+        with torch.device("meta"):
+            network = self.parts.denoiser().network
+            build(cfg.optimizer)(network.parameters())
+            build(cfg.ema)(network)
+        self.num_parameters = sum(p.numel() for p in network.parameters())
+        self.data.check()
+        self.folder = Path(cfg.runs_dir) / cfg.run
+        self._claim()
+        self.resume_from = checkpoint.newest(self.folder / "checkpoints")
+        self.step = checkpoint.step_of(self.resume_from) if self.resume_from else 0
+
+    def _claim(self) -> None:
+        """Take the folder for this process alone, and see to it that its run is the same."""
+        config, resolved = self.folder / "config.yaml", OmegaConf.to_container(self.cfg, resolve=True)
+        if config.exists():
+            if self.cfg.resume == "never":
+                raise ValueError(f"{self.folder} exists and resume=never: choose another run=<name>, or resume=auto")
+            before, now = _flat(OmegaConf.to_container(OmegaConf.load(config))), _flat(resolved)
+            changed = [
+                f"{key}={now.get(key, '<none>')}, was {before.get(key, '<none>')}"
+                for key in sorted(before.keys() | now.keys())
+                if before.get(key) != now.get(key) and (key in FIXED or key.split(".")[0] not in FREE)
+            ]
+            if changed:
+                raise ValueError(
+                    f"the run {self.cfg.run} was begun with another configuration ({'; '.join(changed[:6])}): "
+                    "name this one run=<another name>, or give the same values to go on"
+                )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process trains run={self.cfg.run} just now: wait, or take another name") from None
+        except OSError:
+            pass  # a file system without locks
+        config.write_text(OmegaConf.to_yaml(OmegaConf.create(resolved)))
+
+    def fit(self) -> int | None:
+        """Train to the end, evaluate, and write summary.json.
+
+        Returns:
+            The signal that ended the run early, or None.
+        """
+        summary = self.folder / "summary.json"
+        max_steps = self.cfg.trainer.max_steps
+        if self.step >= max_steps and summary.exists():
+            print(f"dit: {self.folder} is complete at step {self.step}; to go on, raise trainer.max_steps")
+            _report(self.folder, json.loads(summary.read_text()))
+            return None
+        self.data.prepare()
+        print(
+            f"dit: {self.folder}: {f'going on from step {self.step}' if self.step else 'a new run'}, "
+            f"{self.num_parameters:,} parameters, {max_steps} steps of {self.cfg.trainer.batch_size} images"
+            f"{f' in {self.num_micro_batches} parts' if self.num_micro_batches > 1 else ''}, "
+            f"lr {self.cfg.optimizer.lr:g}",
+            flush=True,
+        )
+        return self._train()
+
+    def _train(self) -> int | None:
+        from lightning.pytorch import Trainer
+        from lightning.pytorch.callbacks import LambdaCallback
+        from lightning.pytorch.utilities.rank_zero import log
+
+        from dit.train.callbacks import Checkpoints, Preview, Recorder
+        from dit.train.interrupt import Interrupt
+        from dit.train.module import DiffusionModule
+
+        log.setLevel(logging.WARNING)
+        warnings.filterwarnings("ignore", module="lightning", message=".*(num_workers|GPU available|checkpoint).*")
+        cfg, options = self.cfg, self.cfg.trainer
+        module = DiffusionModule(
+            self.parts.denoiser,
+            self.objective,
+            self.parts.condition,
+            self.parts.latent(),
+            build(cfg.optimizer),
+            build(cfg.learning_rate),
+            build(cfg.ema),
+            seed=cfg.seed,
+            lanes=options.lanes,
+            num_micro_batches=self.num_micro_batches,
+            max_grad_norm=options.max_grad_norm,
+        )
+
+        @torch.no_grad()
+        def draw(labels: Tensor) -> Tensor:
+            module.denoiser.eval()
+            with trainer.precision_plugin.forward_context(), module.ema.applied():
+                pipeline = self.parts.pipeline(module.denoiser, module.latent)
+                images = pipeline({"label": labels}, len(labels), seed=cfg.seed, batch_size=cfg.evaluation.batch_size)
+            module.denoiser.train()
+            return images
+
+        for name in ("samples", "checkpoints"):
+            (self.folder / name).mkdir(exist_ok=True)
+        if self.tracker:
+            self.tracker.start(self.folder, OmegaConf.to_container(cfg, resolve=True))
+        interrupt = Interrupt()
+        recorder = Recorder(
+            self.folder / "metrics.jsonl", options.max_steps, options.batch_size, options.log_every_steps, self.tracker
+        )
+        preview = Preview(
+            self.folder / "samples", draw, cfg.condition.num_classes, options.preview_every_steps, recorder
+        )
+        checkpoints = Checkpoints(
+            self.folder / "checkpoints",
+            self.resume_from,
+            options.checkpoint_every_steps,
+            options.keep_checkpoints,
+            recorder,
+            interrupt,
+        )
+        trainer = Trainer(
+            accelerator=options.accelerator,
+            devices=options.devices,
+            precision=options.precision,
+            max_epochs=1,  # of the data's endless stream, cut to the steps that are left
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=self.folder,
+            callbacks=[
+                recorder,
+                preview,
+                checkpoints,
+                LambdaCallback(on_train_end=lambda *_: self._finish(module, draw, recorder, interrupt)),
+            ],
+        )
+        batches = self.data.batches(options.batch_size, cfg.seed, self.step)
+        trainer.fit(module, itertools.islice(batches, options.max_steps - self.step))
+        return interrupt.signum
+
+    def _finish(
+        self, module: "DiffusionModule", draw: Callable[[Tensor], Tensor], recorder: "Recorder", interrupt: "Interrupt"
+    ) -> None:
+        """Evaluate and sum up a run that reached its end."""
+        summary: dict[str, Any] = {}
+        if module.step >= self.cfg.trainer.max_steps:
+            summary = {
+                "step": module.step,
+                "loss": recorder.last.get("loss"),
+                "images_per_second": round(recorder.images_per_second, 1),
+            }
+            if self.cfg.metric:
+                print(f"dit: judging {self.cfg.evaluation.num_images} samples", flush=True)
+                train, held_out = self.data.read(self.data.path), self.data.read(self.data.held_out)
+                summary |= build(self.cfg.metric)(draw, train, held_out, num_images=self.cfg.evaluation.num_images)
+            partial = self.folder / "summary.tmp"
+            partial.write_text(json.dumps(summary, indent=1) + "\n")
+            partial.replace(self.folder / "summary.json")
+            _report(self.folder, summary)
+        elif interrupt.signum is not None:
+            print(f"dit: stopped and saved at step {module.step}; the same command goes on from there", flush=True)
+        if self.tracker:
+            self.tracker.finish(summary)
+
+
+def _num_micro_batches(trainer: DictConfig) -> int:
+    """In how many parts a global batch passes the network, each of whole lanes."""
+    batch, lanes, micro = trainer.batch_size, trainer.lanes, trainer.micro_batch_size or trainer.batch_size
+    if batch % lanes:
+        raise ValueError(f"trainer.batch_size={batch} must be a multiple of trainer.lanes={lanes}")
+    if batch % micro or lanes % (batch // micro):
+        allowed = [batch // n for n in range(1, lanes + 1) if lanes % n == 0]
+        raise ValueError(
+            f"trainer.micro_batch_size={micro} must divide trainer.batch_size={batch} into whole lanes "
+            f"(trainer.lanes={lanes}): choose one of {allowed}"
+        )
+    return batch // micro
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested mapping by dotted keys."""
+    if not isinstance(node, dict):
+        return {prefix[:-1]: node}
+    return {key: value for name, child in node.items() for key, value in _flat(child, f"{prefix}{name}.").items()}
+
+
+def _report(folder: Path, summary: dict[str, Any]) -> None:
+    """Print where things are and how it went."""
+    samples = sorted((folder / "samples").glob("step-*.png"))
+    where = {"samples": samples[-1] if samples else None, "checkpoint": checkpoint.committed(folder / "checkpoints")[-1]}
+    where |= {"metrics": folder / "metrics.jsonl", "summary": folder / "summary.json"}
+    offline = sorted(folder.glob("wandb/*run-*"))
+    where |= {"wandb": offline[-1]} if offline else {}
+    for name, value in (where | summary).items():
+        print(f"  {name:<18} {f'{value:.4g}' if isinstance(value, float) else value}")

@@ -1,0 +1,1 @@
+"""Averaged, converted and exported weights."""
