@@ -2,16 +2,22 @@
 
 import difflib
 import os
+import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import hydra
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -22,10 +28,71 @@ from omegaconf.errors import OmegaConfBaseException
 OmegaConf.register_new_resolver("divide", lambda a, b: a // b, replace=True)
 
 
+NULLABLE = ("trainer.max_grad_norm",)  # keys that may be null though a recipe gives them a number
+
+
 class ConfigError(ValueError):
     """A mistake in the configuration."""
 
     exit_code = 2
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """What objects reject as they are built is a mistake in the configuration."""
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def launch(verb: str, command: ModuleType, arguments: Sequence[str]) -> int:
+    """Check a verb's command line, then run it through Hydra.
+
+    Args:
+        verb: the name of `conf/<verb>.yaml`.
+        command: with `main(cfg) -> exit code`, `check(cfg)`, and, where options depend on the overrides,
+            `prepare(overrides)`, None if only help is asked for.
+        arguments: what follows the verb.
+
+    Returns:
+        The exit code.
+    """
+    args = get_args_parser().parse_args(list(arguments))
+    try:
+        search = [f"hydra.searchpath=[file://{Path(args.config_dir).absolute()}]"] if args.config_dir else []
+        if hasattr(command, "prepare"):
+            command.prepare(None if args.help else args.overrides)
+        batch = [] if args.help or args.hydra_help else jobs(args.overrides, args.multirun)
+        for overrides in batch:
+            command.check(compose(verb, [*search, *overrides]))
+    except Exception as error:
+        return _exit_code(error)
+    varied = {override for job in batch for override in job if not all(override in other for other in batch)}
+
+    def task(cfg: DictConfig) -> None:
+        own = [o for o in HydraConfig.get().overrides.task if o in varied]
+        if own and "run" in cfg and not any(o.startswith("run=") for o in own):
+            cfg.run = "-".join([cfg.run, *(re.sub(r"[^\w.=-]", "_", o) for o in own)])
+        try:
+            code = command.main(cfg)
+        except Exception as error:
+            code = _exit_code(error)
+        if code:
+            raise SystemExit(code)  # past Hydra, which would make it 1
+
+    sys.argv = [f"dit {verb}", *arguments]
+    hydra.main(config_path=str(config_dir()), config_name=verb, version_base="1.3")(task)()
+    return 0
+
+
+def _exit_code(error: Exception) -> int:
+    """Print an error that has an exit code of its own, and give the code; raise any other."""
+    code: int | None = getattr(error, "exit_code", None)
+    if code is None:
+        raise error
+    print(f"dit: {error}", file=sys.stderr)
+    return code
 
 
 def config_dir() -> Path:
@@ -42,7 +109,7 @@ def _hydra() -> Iterator[None]:
         yield
 
 
-def jobs(verb: str, overrides: Sequence[str], multirun: bool = False) -> list[list[str]]:
+def jobs(overrides: Sequence[str], multirun: bool = False) -> list[list[str]]:
     """The overrides of every job: one, or with multirun one for each combination of comma-separated values.
 
     Raises:
@@ -79,7 +146,9 @@ def compose(verb: str, overrides: Sequence[str]) -> DictConfig:
                 if override not in groups and not override.key_or_group.startswith("hydra"):
                     _check_key(base, override, loader.list_groups(""))
             cfg = hydra_compose(verb, list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
+    except ConfigError:
+        raise
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
     _check_complete(cfg)
     return cfg
@@ -92,7 +161,9 @@ def _is_group(loader: ConfigLoader, override: Override) -> bool:
 def _check_option(loader: ConfigLoader, override: Override) -> None:
     options = loader.get_group_options(override.key_or_group, ObjectType.CONFIG)
     value = override.value()
-    if isinstance(value, str) and value not in options and value != "null":
+    if override.is_delete() or override.is_add():
+        raise ConfigError(f"{override.input_line}: a group is chosen, not added or deleted; {_nearest('', options)}")
+    if value not in options:
         raise ConfigError(f"{override.input_line}: no such option; {_nearest(value, options)}")
 
 
@@ -101,9 +172,8 @@ def _check_key(base: DictConfig, override: Override, groups: Sequence[str]) -> N
     key = override.key_or_group
     node: Any = base
     for name in key.split("."):
-        if not isinstance(node, DictConfig) or name not in node:
-            known = list(OmegaConf.to_container(base, resolve=False))  # type: ignore[call-overload]
-            candidates = [*_keys(base), *known, *groups]
+        if not isinstance(node, DictConfig) or name not in list(node.keys()):
+            candidates = [*_keys(base), *groups]
             raise ConfigError(f"{override.input_line}: there is no key {key}; {_nearest(key, candidates)}")
         node = node._get_node(name)
     if override.is_delete():
@@ -114,7 +184,9 @@ def _check_key(base: DictConfig, override: Override, groups: Sequence[str]) -> N
         raise ConfigError(f"{override.input_line}: expected true or false, like {key}={str(default).lower()}")
     if isinstance(default, int | float) and not isinstance(default, bool):
         wanted = int | float if isinstance(default, float) else int
-        if value is not None and (isinstance(value, bool) or not isinstance(value, wanted)):
+        if value is None and key in NULLABLE:
+            return
+        if isinstance(value, bool) or not isinstance(value, wanted):
             kind = "a number" if isinstance(default, float) else "a whole number"
             raise ConfigError(f"{override.input_line}: expected {kind}, like {key}={default}")
     if isinstance(default, DictConfig) and not isinstance(value, dict):
@@ -144,6 +216,17 @@ def check_least(cfg: DictConfig, least: dict[str, float], positive: Sequence[str
             raise ConfigError(f"{key}={value} must be greater than 0")
 
 
+def check_choices(cfg: DictConfig, choices: dict[str, Sequence[Any]]) -> None:
+    """Values that are one of a few.
+
+    Raises:
+        ConfigError: naming the key, its value and the choices.
+    """
+    for key, allowed in choices.items():
+        if (value := OmegaConf.select(cfg, key)) not in allowed:
+            raise ConfigError(f"{key}={value}: choose one of {', '.join(map(str, allowed))}")
+
+
 def check_run_name(name: Any) -> None:
     """A run's name is the name of a folder.
 
@@ -164,13 +247,14 @@ def _keys(node: DictConfig | ListConfig, prefix: str = "") -> list[str]:
     keys = []
     for name in node:
         child = node._get_node(name)
-        keys.append(f"{prefix}{name}")
+        keys.append(f"{prefix}{name!s}")
         if isinstance(child, DictConfig):
-            keys += _keys(child, f"{prefix}{name}.")
+            keys += _keys(child, f"{prefix}{name!s}.")
     return keys
 
 
-def _nearest(name: str, candidates: Sequence[str]) -> str:
+def _nearest(name: Any, candidates: Sequence[str]) -> str:
+    name = str(name)
     close = difflib.get_close_matches(name, sorted(set(candidates)), n=3, cutoff=0.6)
     if close:
         return "did you mean " + " or ".join(close) + "?"

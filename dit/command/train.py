@@ -1,12 +1,14 @@
 """dit train: train a model."""
 
 import signal
+from collections.abc import Sequence
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from dit.command.compose import ConfigError, check_least, check_run_name
+from dit.command.compose import check_choices, check_least, check_run_name, user_errors
 
-LEAST = {
+LEAST: dict[str, float] = {
     "trainer.max_steps": 1,
     "trainer.batch_size": 1,
     "trainer.micro_batch_size": 1,
@@ -23,12 +25,13 @@ LEAST = {
     "seed": 0,
 }
 POSITIVE = ("optimizer.lr", "trainer.max_grad_norm")
-CHOICES = {
+CHOICES: dict[str, Sequence[Any]] = {
     "resume": ("auto", "never"),
     "trainer.accelerator": ("auto", "cpu", "gpu"),
     "trainer.precision": ("32-true", "bf16-mixed"),
     "trainer.devices": (1,),
 }
+EXIT_CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 75}
 
 
 def check(cfg: DictConfig) -> None:
@@ -39,18 +42,14 @@ def check(cfg: DictConfig) -> None:
     """
     check_run_name(cfg.run)
     check_least(cfg, LEAST, POSITIVE)
-    for key, choices in CHOICES.items():
-        if (value := OmegaConf.select(cfg, key)) not in choices:
-            raise ConfigError(f"{key}={value}: choose one of {', '.join(map(str, choices))}")
+    check_choices(cfg, CHOICES)
 
 
 def main(cfg: DictConfig) -> int:
     """Train; the exit code."""
-    from dit.command.compose import user_errors
-
     with user_errors():
         from dit.train.run import Run
 
         run = Run(cfg)
     signum = run.fit()
-    return {None: 0, signal.SIGINT: 130, signal.SIGTERM: 75}[signum]
+    return 0 if signum is None else EXIT_CODES[signum]

@@ -35,7 +35,7 @@ class Label(Condition):
             ValueError: if a label is not a class.
         """
         label = torch.as_tensor(batch["label"])
-        if not label.is_cuda and label.numel() and not (0 <= label.min() and label.max() < self.num_classes):
+        if not label.is_cuda and label.numel() and not (label.min() >= 0 and label.max() < self.num_classes):
             raise ValueError(
                 f"labels must be whole numbers from 0 to {self.num_classes - 1}, got {label.min()} to {label.max()}"
             )

@@ -11,8 +11,8 @@ from torch import Tensor
 
 def decode(data: bytes, size: int, channels: int) -> Tensor:
     """The pixels of an image file, centre-cropped to a square: uint8 (channels, size, size)."""
-    with Image.open(io.BytesIO(data)) as image:
-        image = centre_crop(image.convert({1: "L", 3: "RGB"}[channels]), size)
+    with Image.open(io.BytesIO(data)) as file:
+        image = centre_crop(file.convert({1: "L", 3: "RGB"}[channels]), size)
     return torch.from_numpy(np.array(image).reshape(size, size, channels).transpose(2, 0, 1).copy())
 
 

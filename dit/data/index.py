@@ -55,7 +55,7 @@ def read(folder: Path) -> list[Shard]:
             raise ValueError(f"the shard {path} of the manifest is missing: {way_out}")
         if path.stat().st_size != shard.bytes:
             raise ValueError(
-                f"the shard {path} is corrupt: {path.stat().st_size} bytes, but {shard.bytes} in the manifest: {way_out}"
+                f"the shard {path} is corrupt: {path.stat().st_size} bytes instead of {shard.bytes}: {way_out}"
             )
         if thorough and sha256(path) != shard.sha256:
             raise ValueError(f"the shard {path} is corrupt: its sha256 is not the manifest's: {way_out}")

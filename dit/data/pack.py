@@ -1,6 +1,7 @@
 """Write samples into WebDataset tar shards."""
 
 import io
+import itertools
 import shutil
 import tarfile
 from collections.abc import Iterable
@@ -17,18 +18,16 @@ def write_shards(folder: Path, samples: Iterable[tuple[bytes, int]], samples_per
     partial = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tar = None
-    for number, (image, label) in enumerate(samples):
-        if number % samples_per_shard == 0:
-            if tar is not None:
-                tar.close()
-            tar = tarfile.open(partial / f"{number // samples_per_shard:06d}.tar", "w", format=tarfile.USTAR_FORMAT)
-        assert tar is not None
-        for extension, data in (("png", image), ("cls", str(label).encode())):
-            member = tarfile.TarInfo(f"{number:08d}.{extension}")
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    if tar is not None:
-        tar.close()
+    numbered = enumerate(samples)
+    for shard in itertools.count():
+        chunk = list(itertools.islice(numbered, samples_per_shard))
+        if not chunk:
+            break
+        with tarfile.open(partial / f"{shard:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for number, (image, label) in chunk:
+                for extension, data in (("png", image), ("cls", str(label).encode())):
+                    member = tarfile.TarInfo(f"{number:08d}.{extension}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
     index.write(partial)
     partial.rename(folder)

@@ -144,11 +144,18 @@ class WebDataset:
         return sample["__key__"], pixels, label
 
 
-class _Chunks(IterableDataset):  # type: ignore[type-arg]
+class _Chunks(IterableDataset):
     """A worker's share of every epoch in chunks of a batch's size; every worker gives as many chunks as the busiest."""
 
     def __init__(self, data: WebDataset, shards: list[index.Shard], seed: int, chunk: int, epoch: int, rounds: int):
-        self.data, self.shards, self.seed, self.chunk, self.epoch, self.rounds = data, shards, seed, chunk, epoch, rounds
+        self.data, self.shards, self.seed, self.chunk, self.epoch, self.rounds = (
+            data,
+            shards,
+            seed,
+            chunk,
+            epoch,
+            rounds,
+        )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
@@ -224,7 +231,8 @@ def _collate(samples: list[tuple[str, Tensor, int]]) -> dict[str, Any]:
 
 def _rebatch(chunks: Iterator[dict[str, Any]], batch_size: int, skip: int) -> Iterator[dict[str, Any]]:
     """Chunks of any size joined and cut into batches, less the first `skip` samples."""
-    images, labels, keys = torch.empty(0), torch.empty(0, dtype=torch.long), []
+    images, labels = torch.empty(0), torch.empty(0, dtype=torch.long)
+    keys: list[str] = []
     for chunk in chunks:
         if not chunk["key"]:
             continue

@@ -31,7 +31,9 @@ class Autoencoder(Latent):
         try:
             self.vae = AutoencoderKL.from_pretrained(name).requires_grad_(False).eval()
         except OSError as error:
-            raise ValueError(f"latent.name={name} is neither a folder with a VAE nor to be had from the hub: {error}") from error
+            raise ValueError(
+                f"latent.name={name} is neither a folder with a VAE nor to be had from the hub: {error}"
+            ) from error
         config = self.vae.config
         found = (config.latent_channels, 2 ** (len(config.block_out_channels) - 1))
         if found != (channels, stride):

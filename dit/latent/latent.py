@@ -20,7 +20,7 @@ class Latent(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """z of images; where the encoder's answer is a distribution, a draw from it."""
+        """Z of images; where the encoder's answer is a distribution, a draw from it."""
 
     @abstractmethod
     def decode(self, z: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     """
     a, b = a.double(), b.double()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    # The trace of the root is the sum of the roots of the eigenvalues, which are real and not negative but for rounding.
+    # The trace of the root is the sum of the roots of the eigenvalues, real and not negative but for rounding.
     root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
     mean = (a.mean(0) - b.mean(0)).square().sum()
     return (mean + cov_a.trace() + cov_b.trace() - 2 * root).item()

@@ -102,25 +102,26 @@ class DiT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The published initialization: Xavier for linear layers, N(0, 0.02) for embeddings, zero for gates and output."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
+        """The published initialization: Xavier for linear layers, N(0, 0.02) for embeddings, zero gates and output."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                weight = module.weight.flatten(1)  # a patch is one long input
+                if name.endswith("adaLN_modulation.1") or name == "final_layer.linear":
+                    nn.init.zeros_(weight)
+                elif name.startswith("t_embedder"):
+                    nn.init.normal_(weight, std=0.02)
+                else:
+                    nn.init.xavier_uniform_(weight)
+                assert module.bias is not None
                 nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
         with torch.no_grad():
             _, tokens, width = self.pos_embed.shape
             self.pos_embed.copy_(sincos_positions(width, round(tokens**0.5)))
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        for gate in [block.adaLN_modulation[1] for block in self.blocks] + [self.final_layer.adaLN_modulation[1]]:
-            nn.init.zeros_(gate.weight)
-        nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(self, x: Tensor, time: Tensor, label: Tensor) -> Tensor:
-        """x (B, C, H, W), time (B,), label (B,) in 0..num_classes -> (B, C or 2C, H, W)."""
+        """X (B, C, H, W), time (B,), label (B,) in 0..num_classes -> (B, C or 2C, H, W)."""
         x = self.x_embedder(x) + self.pos_embed                # (B, N, D)
         c = self.t_embedder(time) + self.y_embedder(label)     # (B, D)
         for block in self.blocks:

@@ -25,11 +25,12 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, hidden_size: int, num_frequencies: int = 256):
         super().__init__()
         self.num_frequencies = num_frequencies
-        self.mlp = nn.Sequential(nn.Linear(num_frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        layers = nn.Linear(num_frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        self.mlp = nn.Sequential(*layers)
 
     def forward(self, t: Tensor) -> Tensor:
         """(B,) -> (B, D)."""
-        return self.mlp(sinusoid(t, self.num_frequencies).to(self.mlp[0].weight.dtype))
+        return self.mlp(sinusoid(t, self.num_frequencies).to(t.dtype))
 
 
 def sinusoid(t: Tensor, dim: int, max_period: float = 10_000) -> Tensor:
@@ -84,7 +85,7 @@ class Mlp(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift, the same for all tokens: x (B, N, D), shift and scale (B, D)."""
+    """X (1 + scale) + shift, the same for all tokens: x (B, N, D), shift and scale (B, D)."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 

@@ -33,7 +33,7 @@ class Schedule(ABC):
 
     def rate(self, t: Tensor) -> NoiseLevel:
         """(d alpha / dt, d sigma / dt), by forward-mode differentiation of the schedule."""
-        _, rate = torch.func.jvp(lambda t: tuple(self(t)), (t,), (torch.ones_like(t),))
+        rate: tuple[Tensor, Tensor] = torch.func.jvp(lambda t: tuple(self(t)), (t,), (torch.ones_like(t),))[1]
         return NoiseLevel(*rate)
 
     def log_snr(self, t: Tensor) -> Tensor:

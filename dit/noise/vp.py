@@ -54,7 +54,7 @@ def linear(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.
 
 
 def cosine(num_steps: int = 1000, offset: float = 0.008, beta_max: float = 0.999) -> VP:
-    """alpha(t)^2 = f(t) / f(0), f(t) = cos^2((t + offset) / (1 + offset) pi / 2), its betas capped (arXiv:2102.09672)."""
+    """alpha(t)^2 = f(t) / f(0), f(t) = cos^2((t + offset) / (1 + offset) pi / 2), betas capped (arXiv:2102.09672)."""
     t = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
     f = ((t + offset) / (1 + offset) * math.pi / 2).cos() ** 2
     return VP((1 - f[1:] / f[:-1]).clamp(max=beta_max))

@@ -1,6 +1,7 @@
 """One ancestral step a time: DDPM (eta = 1), DDIM (eta = 0), and Euler's method on EDM and flow (eta = 0)."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def sample(
         raise ValueError(f"sampler.clip={clip} must be positive, or null")
     if not (times.diff() < 0).all():
         raise ValueError(f"times must decrease, got {times.tolist()}")
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in pairwise(times):
         (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(t), schedule(s)
         x0, eps = denoise(x, t)
         if clip is not None:

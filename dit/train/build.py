@@ -33,8 +33,7 @@ class Parts:
         self.model = build(cfg.model)
         self._sampler = build({name: value for name, value in cfg.sampler.items() if name != "num_steps"})
         self._guidance = build(cfg.guidance)
-        with torch.device("meta"):  # what does not fit fails here, before anything large is made
-            denoiser = self.denoiser()
+        denoiser = self.denoiser("meta")  # what does not fit fails here, before anything large is made
         self._guidance(denoiser, self.condition.null)
         times = self.grid(self.schedule)
         self._sampler(lambda x, t: (x, x), self.schedule, torch.zeros(1, 1), times[-2:])
@@ -42,9 +41,11 @@ class Parts:
             if cfg.model[ours] != cfg.latent[theirs]:
                 raise ValueError(f"model.{ours}={cfg.model[ours]} differs from latent.{theirs}={cfg.latent[theirs]}")
 
-    def denoiser(self) -> Denoiser:
-        """A new, untrained network on the device of the context, given its meaning."""
-        return Denoiser(self.model(), self.schedule, self.prediction)
+    def denoiser(self, device: str = "cpu") -> Denoiser:
+        """A new, untrained network, given its meaning."""
+        with torch.device(device):
+            network = self.model()
+        return Denoiser(network, self.schedule, self.prediction)
 
     def latent(self) -> Latent:
         """The latent space, with its VAE, if any, loaded."""

@@ -159,7 +159,13 @@ class Checkpoints(Callback):
     """
 
     def __init__(
-        self, root: Path, resume_from: Path | None, every_steps: int, keep: int, recorder: Recorder, interrupt: Interrupt
+        self,
+        root: Path,
+        resume_from: Path | None,
+        every_steps: int,
+        keep: int,
+        recorder: Recorder,
+        interrupt: Interrupt,
     ):
         self.root = root
         self.resume_from = resume_from

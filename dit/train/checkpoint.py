@@ -5,10 +5,10 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -46,7 +46,7 @@ def save(
         torch.save(state, partial / f"{name}.pt")
     manifest = {
         "step": step,
-        "versions": {"torch": torch.__version__, "lightning": lightning.__version__},
+        "versions": {"torch": torch.__version__, "lightning": version("lightning")},
         "files": {path.name: _fingerprint(path) for path in sorted(partial.iterdir())},
     }
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -74,7 +74,7 @@ def newest(root: Path) -> Path | None:
     """
     for stale in root.glob("step-*.tmp"):
         shutil.rmtree(stale)
-    corrupt = []
+    corrupt: list[Path] = []
     for path in reversed(committed(root)):
         if not (problem := verify(path)):
             for other in corrupt:

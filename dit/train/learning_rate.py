@@ -1,6 +1,14 @@
-"""Learning-rate schedules: the factor on the optimizer's lr at a step."""
+"""Learning-rate schedules: the factor on the optimizer's lr at a step (0, 1, ...)."""
+
+import math
 
 
 def constant(step: int, *, warmup_steps: int = 0) -> float:
-    """1, after a linear rise over the first warmup_steps steps (0, 1, ...)."""
+    """1, after a linear rise over the first warmup_steps steps."""
     return min(1.0, (step + 1) / (warmup_steps + 1))
+
+
+def cosine(step: int, *, max_steps: int, warmup_steps: int = 0) -> float:
+    """A linear rise over the first warmup_steps steps, then half a cosine down to 0 at max_steps."""
+    progress = min(1.0, max(0, step - warmup_steps) / max(1, max_steps - warmup_steps))
+    return constant(step, warmup_steps=warmup_steps) * (1 + math.cos(math.pi * progress)) / 2

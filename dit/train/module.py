@@ -114,10 +114,10 @@ class DiffusionModule(LightningModule):
         running = [self.objective.phases(self.denoiser, batch, self.step) for batch in micro_batches]
         while (first := next(running[0], None)) is not None:
             total = torch.zeros((), device=self.device)
-            for network, loss in itertools.chain([first], (next(phases) for phases in running[1:])):
+            for _, loss in itertools.chain([first], (next(phases) for phases in running[1:])):
                 self.manual_backward(loss / len(running))
                 total = total + loss.detach() / len(running)
-            yield network, total
+            yield first[0], total
 
     def _micro_batches(self, batch: Mapping[str, Any]) -> Iterator[Batch]:
         """The parts of a global batch, each of whole lanes."""

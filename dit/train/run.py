@@ -47,10 +47,9 @@ class Run:
         self.objective = build(cfg.objective)
         self.tracker = build(cfg.logger)
         self.data = build(cfg.data)
-        with torch.device("meta"):
-            network = self.parts.denoiser().network
-            build(cfg.optimizer)(network.parameters())
-            build(cfg.ema)(network)
+        network = self.parts.denoiser("meta").network
+        build(cfg.optimizer)(network.parameters())
+        build(cfg.ema)(network)
         self.num_parameters = sum(p.numel() for p in network.parameters())
         self.data.check()
         self.folder = Path(cfg.runs_dir) / cfg.run
@@ -80,7 +79,9 @@ class Run:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another process trains run={self.cfg.run} just now: wait, or take another name") from None
+            raise ValueError(
+                f"another process trains run={self.cfg.run} just now: wait, or take another name"
+            ) from None
         except OSError:
             pass  # a file system without locks
         config.write_text(OmegaConf.to_yaml(OmegaConf.create(resolved)))
@@ -110,13 +111,12 @@ class Run:
     def _train(self) -> int | None:
         from lightning.pytorch import Trainer
         from lightning.pytorch.callbacks import LambdaCallback
-        from lightning.pytorch.utilities.rank_zero import log
 
         from dit.train.callbacks import Checkpoints, Preview, Recorder
         from dit.train.interrupt import Interrupt
         from dit.train.module import DiffusionModule
 
-        log.setLevel(logging.WARNING)
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", module="lightning", message=".*(num_workers|GPU available|checkpoint).*")
         cfg, options = self.cfg, self.cfg.trainer
         module = DiffusionModule(
@@ -231,7 +231,10 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
 def _report(folder: Path, summary: dict[str, Any]) -> None:
     """Print where things are and how it went."""
     samples = sorted((folder / "samples").glob("step-*.png"))
-    where = {"samples": samples[-1] if samples else None, "checkpoint": checkpoint.committed(folder / "checkpoints")[-1]}
+    where = {
+        "samples": samples[-1] if samples else None,
+        "checkpoint": checkpoint.committed(folder / "checkpoints")[-1],
+    }
     where |= {"metrics": folder / "metrics.jsonl", "summary": folder / "summary.json"}
     offline = sorted(folder.glob("wandb/*run-*"))
     where |= {"wandb": offline[-1]} if offline else {}

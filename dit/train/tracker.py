@@ -37,7 +37,9 @@ class WandB:
         if mode == "disabled":
             return
         if mode == "online" and not _reachable():
-            print(f"dit: {_host()} does not answer: W&B offline; send it later with `wandb sync {folder}/wandb/offline-*`")
+            print(
+                f"dit: {_host()} does not answer: W&B offline; send it later with `wandb sync {folder}/wandb/offline-*`"
+            )
             mode = "offline"
         identity = folder / "wandb-id"
         if not identity.exists():
