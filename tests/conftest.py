@@ -33,6 +33,7 @@ def tiny(tmp_path, digits_dir):
             f"runs_dir={tmp_path}/runs",
             f"data_dir={digits_dir}",
             "metric=none",
+            "learning_rate=constant",  # a cosine's end is part of the run
             "logger=none",
             "model.hidden_size=16",
             "model.depth=1",

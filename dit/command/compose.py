@@ -12,9 +12,9 @@ from typing import Any
 
 import hydra
 from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra._internal.utils import get_args_parser
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -60,12 +60,11 @@ def launch(verb: str, command: ModuleType, arguments: Sequence[str]) -> int:
     """
     args = get_args_parser().parse_args(list(arguments))
     try:
-        search = [f"hydra.searchpath=[file://{Path(args.config_dir).absolute()}]"] if args.config_dir else []
         if hasattr(command, "prepare"):
             command.prepare(None if args.help else args.overrides)
         batch = [] if args.help or args.hydra_help else jobs(args.overrides, args.multirun)
         for overrides in batch:
-            command.check(compose(verb, [*search, *overrides]))
+            command.check(compose(verb, overrides, [args.config_dir] if args.config_dir else []))
     except Exception as error:
         return _exit_code(error)
     varied = {override for job in batch for override in job if not all(override in other for other in batch)}
@@ -103,10 +102,17 @@ def config_dir() -> Path:
 
 
 @contextmanager
-def _hydra() -> Iterator[None]:
+def _hydra(searchpath: Sequence[str]) -> Iterator[ConfigLoader]:
+    """Hydra over conf/ and the user's own folders."""
+    hydra.version.setbase("1.3")
+    path = create_config_search_path(str(config_dir()))
+    for folder in searchpath:
+        path.prepend("user", folder if "://" in folder else f"file://{Path(folder).absolute()}")
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        yield
+    try:
+        yield Hydra.create_main_hydra2(task_name="dit", config_search_path=path).config_loader
+    finally:
+        GlobalHydra.instance().clear()
 
 
 def jobs(overrides: Sequence[str], multirun: bool = False) -> list[list[str]]:
@@ -128,16 +134,21 @@ def jobs(overrides: Sequence[str], multirun: bool = False) -> list[list[str]]:
     return [list(overrides)]
 
 
-def compose(verb: str, overrides: Sequence[str]) -> DictConfig:
+def compose(verb: str, overrides: Sequence[str], searchpath: Sequence[str] = ()) -> DictConfig:
     """The configuration of a verb, each override checked against what exists.
+
+    Args:
+        verb: the name of `conf/<verb>.yaml`.
+        overrides: `<group>=<option>` and `<key>=<value>`.
+        searchpath: folders besides conf/, like those of `hydra.searchpath`.
 
     Raises:
         ConfigError: naming the override and the way out.
     """
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     try:
-        with _hydra():
-            loader = GlobalHydra.instance().config_loader()
+        own = [folder for o in parsed if o.key_or_group == "hydra.searchpath" for folder in _list(o.value())]
+        with _hydra([*searchpath, *own]) as loader:
             groups = [o for o in parsed if _is_group(loader, o)]
             for override in groups:
                 _check_option(loader, override)
@@ -152,6 +163,10 @@ def compose(verb: str, overrides: Sequence[str]) -> DictConfig:
         raise ConfigError(" ".join(str(error).split())) from error
     _check_complete(cfg)
     return cfg
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _is_group(loader: ConfigLoader, override: Override) -> bool:

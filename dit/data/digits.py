@@ -17,7 +17,7 @@ def pack(path: Path, held_out: Path, samples_per_shard: int = 160) -> None:
 
     digits = load_digits()
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)[:, None]  # (1797, 1, 8, 8)
-    splits = train_test_split(np.arange(len(pixels)), test_size=540, random_state=0, stratify=digits.target)
+    splits = train_test_split(np.arange(len(pixels)), test_size=540, random_state=0)
     for folder, numbers in zip((path, held_out), splits, strict=True):
         if not folder.exists():
             write_shards(folder, _samples(pixels[numbers], digits.target[numbers]), samples_per_shard)

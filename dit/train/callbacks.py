@@ -46,10 +46,13 @@ class Recorder(Callback):
         """What is already summed of the next line."""
         return {"loss_sum": self.loss_sum.item(), "num_losses": self.num_losses}
 
-    def load_state(self, state: Mapping[str, Any], step: int) -> None:
-        """Go on from a checkpoint: lines after its step are dropped, as they will be written again."""
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on summing where a checkpoint was made."""
         self.loss_sum = torch.tensor(state["loss_sum"])
         self.num_losses = state["num_losses"]
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines after a step, which will be written again."""
         if self.path.exists():
             whole = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             kept = [line for line in whole if json.loads(line)["step"] <= step]
@@ -178,7 +181,7 @@ class Checkpoints(Callback):
         """Load the state, and take over the signals from Lightning, which has just installed handlers of its own."""
         self.interrupt.install()
         if self.resume_from is None:
-            return
+            return self.recorder.rewind(0)
         path = self.resume_from
         state = checkpoint.load_state(path, "run")
         pl_module.denoiser.network.load_state_dict(checkpoint.load_weights(path, "model"))
@@ -186,7 +189,8 @@ class Checkpoints(Callback):
         pl_module.objective.load_state_dict(state["objective"])
         trainer.optimizers[0].load_state_dict(checkpoint.load_state(path, "optimizer"))
         pl_module.step = state["step"]
-        self.recorder.load_state(state["recorder"], state["step"])
+        self.recorder.load_state(state["recorder"])
+        return self.recorder.rewind(state["step"])
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: DiffusionModule, outputs: Any, batch: Any, batch_idx: int

@@ -4,6 +4,7 @@ import fcntl
 import itertools
 import json
 import logging
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -95,7 +96,7 @@ class Run:
         summary = self.folder / "summary.json"
         max_steps = self.cfg.trainer.max_steps
         if self.step >= max_steps and summary.exists():
-            print(f"dit: {self.folder} is complete at step {self.step}; to go on, raise trainer.max_steps")
+            print(f"dit: {self.folder} is complete at step {self.step}")
             _report(self.folder, json.loads(summary.read_text()))
             return None
         self.data.prepare()
@@ -119,6 +120,8 @@ class Run:
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", module="lightning", message=".*(num_workers|GPU available|checkpoint).*")
         cfg, options = self.cfg, self.cfg.trainer
+        if options.accelerator == "cpu":  # the data's workers and the arithmetic share the cores
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) - self.data.num_workers))
         module = DiffusionModule(
             self.parts.denoiser,
             self.objective,

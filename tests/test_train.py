@@ -1,0 +1,245 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from dit.train import checkpoint
+from dit.train.run import Run
+
+
+def train(cfg):
+    """Train to the end; the lines of metrics.jsonl."""
+    run = Run(cfg)
+    signum = run.fit()
+    assert signum is None
+    run._lock.close()
+    return metrics(run.folder)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(lines):
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
+
+
+def weights(folder, step=12):
+    path = folder / "checkpoints" / f"step-{step:08d}"
+    return {name: checkpoint.load_weights(path, name) for name in ("model", "ema")}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, digits_dir):
+    """The losses and weights of a run that nothing disturbed, in a process of its own."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    process = start(folder, digits_dir)
+    assert process.wait() == 0, process.stdout.read()
+    return folder / "runs" / "digits"
+
+
+def start(folder, digits_dir, *more):
+    """`dit train` of a tiny digits run with two data workers."""
+    overrides = [
+        *("experiment=digits", f"runs_dir={folder}/runs", f"data_dir={digits_dir}", "metric=none", "logger=none"),
+        *("model.hidden_size=16", "model.depth=1", "model.num_heads=2", "sampler.num_steps=2", "trainer.max_steps=40"),
+        *("trainer.batch_size=32", "trainer.log_every_steps=1", "trainer.preview_every_steps=15"),
+        *("trainer.checkpoint_every_steps=7", "data.num_workers=2", *more),
+    ]
+    return subprocess.Popen(
+        [sys.executable, "-m", "dit", "train", *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for_line(folder, number, process):
+    path = folder / "runs" / "digits" / "metrics.jsonl"
+    while process.poll() is None:
+        if path.exists() and len(path.read_text().splitlines()) >= number:
+            return
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    ("signum", "line"), [(signal.SIGKILL, 3), (signal.SIGKILL, 24), (signal.SIGINT, 12), (signal.SIGTERM, 16)]
+)
+def test_a_run_stopped_at_any_step_goes_on_bit_equal(undisturbed, tmp_path, digits_dir, signum, line):
+    process = start(tmp_path, digits_dir)
+    wait_for_line(tmp_path, line, process)
+    process.send_signal(signum)
+    code = process.wait()
+    output = process.stdout.read()
+    folder = tmp_path / "runs" / "digits"
+    assert code == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 75}[signum], output
+    if signum != signal.SIGKILL:
+        stopped = metrics(folder)[-1]["step"]
+        assert stopped <= line + 8  # the step is finished and saved, not the run
+        assert checkpoint.newest(folder / "checkpoints").name == f"step-{stopped:08d}"
+    process = start(tmp_path, digits_dir)
+    assert process.wait() == 0, process.stdout.read()
+    assert ("going on from step" in process.stdout.read()) == (line > 7)
+    assert losses(metrics(folder)) == losses(metrics(undisturbed))
+    for name, tensors in weights(folder, 40).items():
+        for key, value in weights(undisturbed, 40)[name].items():
+            assert torch.equal(tensors[key], value), (name, key)
+
+
+def test_a_run_leaves_the_folder_of_the_design(undisturbed):
+    names = {path.name for path in undisturbed.iterdir()} - {".lock"}
+    assert names == {"config.yaml", "metrics.jsonl", "samples", "summary.json", "checkpoints"}
+    assert OmegaConf.load(undisturbed / "config.yaml").model.input_size == 8  # resolved
+    assert [path.name for path in checkpoint.committed(undisturbed / "checkpoints")] == [
+        "step-00000035",
+        "step-00000040",
+    ]
+    pictures = sorted(path.name for path in (undisturbed / "samples").iterdir())
+    assert pictures == ["step-00000015.png", "step-00000030.png", "step-00000040.png"]
+    manifest = json.loads((undisturbed / "checkpoints" / "step-00000040" / "manifest.json").read_text())
+    assert set(manifest["files"]) == {"model.safetensors", "ema.safetensors", "optimizer.pt", "run.pt"}
+    first, last = metrics(undisturbed)[0], metrics(undisturbed)[-1]
+    assert first["loss"] == pytest.approx(1, abs=0.05) and first["images"] == 32
+    assert last["loss"] < first["loss"]
+
+
+def test_the_same_seed_gives_the_same_losses_and_another_others(config):
+    first, again, other = (losses(train(config(f"run=r{i}", f"seed={seed}"))) for i, seed in enumerate((0, 0, 1)))
+    assert first == again
+    assert first != other
+
+
+def test_micro_batches_do_not_change_the_numbers(config):
+    whole = train(config("run=whole"))
+    parts = train(config("run=parts", "trainer.micro_batch_size=8"))
+    for a, b in zip(whole, parts, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+def test_a_line_is_the_mean_since_the_last_one_across_a_restart(config):
+    every = train(config("run=every"))
+    halves = train(config("run=halves", "trainer.log_every_steps=6", "trainer.max_steps=9"))
+    assert [line["step"] for line in halves] == [6, 9]
+    whole = train(config("run=halves", "trainer.log_every_steps=6"))
+    assert [line["step"] for line in whole] == [6, 9, 12]
+    assert whole[0]["loss"] == pytest.approx(sum(line["loss"] for line in every[:6]) / 6, rel=1e-5)
+
+
+def test_bf16_trains(config):
+    lines = train(config("run=bf16", "trainer.precision=bf16-mixed"))
+    assert lines[-1]["loss"] == pytest.approx(train(config("run=fp32"))[-1]["loss"], rel=0.05)
+
+
+def test_the_learning_rate_warms_up_and_falls(config):
+    lines = train(config("run=lr", "learning_rate=cosine", "learning_rate.warmup_steps=4", "optimizer.lr=1.0"))
+    rates = [line["lr"] for line in lines]
+    assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert rates[4] == pytest.approx(1)
+    assert rates[-1] < 0.1 and rates[4:] == sorted(rates[4:], reverse=True)
+
+
+@pytest.mark.parametrize("noise", ["linear", "cosine", "edm", "flow"])
+@pytest.mark.parametrize("prediction", ["x0", "v", "edm"])
+def test_every_schedule_trains_with_every_prediction(config, noise, prediction):
+    lines = train(
+        config(f"run={noise}-{prediction}", f"noise={noise}", f"prediction={prediction}", "trainer.max_steps=2")
+    )
+    assert all(line["loss"] > 0 for line in lines)
+
+
+def test_a_complete_run_is_not_trained_again(config, capsys):
+    train(config())
+    before = (Path(config().runs_dir) / "digits" / "metrics.jsonl").stat().st_mtime_ns
+    train(config())
+    assert (Path(config().runs_dir) / "digits" / "metrics.jsonl").stat().st_mtime_ns == before
+    assert "is complete at step 12" in capsys.readouterr().out
+    assert metrics(Path(config().runs_dir) / "digits") == train(config("trainer.max_steps=14"))[:12]
+
+
+def test_a_run_killed_while_it_was_judged_is_judged_after_all(config):
+    train(config())
+    summary = Path(config().runs_dir) / "digits" / "summary.json"
+    summary.unlink()
+    train(config())
+    assert json.loads(summary.read_text())["loss"] > 0
+
+
+def test_another_configuration_under_the_same_name_is_refused(config):
+    train(config())
+    with pytest.raises(ValueError, match=r"begun with another configuration \(ema.decay=0.9, was 0.995\)"):
+        Run(config("ema.decay=0.9"))
+    with pytest.raises(ValueError, match="resume=never"):
+        Run(config("resume=never"))
+
+
+def test_two_processes_cannot_train_one_run(config):
+    run = Run(config())
+    with pytest.raises(ValueError, match="another process trains run=digits"):
+        Run(config())
+    run._lock.close()
+
+
+def test_a_damaged_checkpoint_is_passed_over_loudly_and_none_intact_is_an_error(config, capsys):
+    lines = train(config())
+    root = Path(config().runs_dir) / "digits" / "checkpoints"
+    path = root / "step-00000012" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    (root / "step-00000013.tmp").mkdir()
+    assert losses(train(config())) == losses(lines)
+    assert "passing over the checkpoint" in capsys.readouterr().out
+    assert sorted(p.name for p in root.iterdir()) == ["step-00000010", "step-00000012", "step-00000012.corrupt"]
+    for path in root.glob("step-*/run.pt"):
+        path.write_bytes(path.read_bytes()[:-1])
+    for _ in range(2):  # and again: a second start must not begin anew in silence
+        with pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint in .* is intact"):
+            Run(config())
+
+
+def test_the_final_figures_are_those_of_the_issue(config):
+    cfg = config("metric=classifier", "evaluation.num_images=200")
+    train(cfg)
+    summary = json.loads((Path(cfg.runs_dir) / "digits" / "summary.json").read_text())
+    keys = {
+        "loss",
+        "images_per_second",
+        "accuracy",
+        "diversity",
+        "frechet",
+        "frechet_floor",
+        "frechet_noise",
+        "nearest",
+    }
+    assert keys <= summary.keys()
+    assert summary["frechet_noise"] > 20 * summary["frechet_floor"]
+
+
+def test_wandb_is_offline_when_nobody_is_logged_in(config, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", "/nowhere")
+    cfg = config("logger=wandb")
+    train(cfg)
+    folder = Path(cfg.runs_dir) / "digits"
+    identity = (folder / "wandb-id").read_text()
+    assert next(folder.glob("wandb/offline-run-*")).name.endswith(identity)
+    train(config("logger=wandb", "trainer.max_steps=14"))
+    assert (folder / "wandb-id").read_text() == identity
+
+
+def test_wandb_out_of_reach_does_not_stop_a_run(config, monkeypatch, capsys):
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # a closed port
+    assert len(train(config("logger=wandb"))) == 12
+    assert "does not answer" in capsys.readouterr().out
