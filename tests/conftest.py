@@ -4,13 +4,14 @@ import os
 
 os.environ["WANDB_MODE"] = "offline"  # whoever runs the tests may be logged in
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for each other are slow on a machine that is busy
 
 import pytest
 import torch
 
 from dit.command.compose import compose
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

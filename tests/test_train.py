@@ -58,6 +58,7 @@ def start(folder, digits_dir, *more):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
@@ -76,7 +77,7 @@ def wait_for_line(folder, number, process):
 def test_a_run_stopped_at_any_step_goes_on_bit_equal(undisturbed, tmp_path, digits_dir, signum, line):
     process = start(tmp_path, digits_dir)
     wait_for_line(tmp_path, line, process)
-    process.send_signal(signum)
+    os.killpg(process.pid, signum)  # as a terminal and a scheduler do, data workers included
     code = process.wait()
     output = process.stdout.read()
     folder = tmp_path / "runs" / "digits"

@@ -12,7 +12,7 @@ from pathlib import Path
 ROWS = {
     "linear_eps": [],
     "cosine_v": ["noise=cosine", "prediction=v"],
-    "flow_flow": ["noise=flow", "prediction=flow", "sampler=euler", "sampler.num_steps=50"],
+    "flow_flow": ["noise=flow", "prediction=flow", "sampler=euler"],
     "edm_edm": ["noise=edm", "prediction=edm"],
 }
 COLUMNS = ["accuracy", "diversity", "frechet", "frechet_floor", "nearest", "images_per_second"]

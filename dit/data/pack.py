@@ -4,6 +4,7 @@ import io
 import itertools
 import shutil
 import tarfile
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,9 +16,9 @@ def write_shards(folder: Path, samples: Iterable[tuple[bytes, int]], samples_per
 
     Member names are `<number>.png` and `<number>.cls`, the class in ASCII. The same samples give the same bytes.
     """
-    partial = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
+    partial.chmod(0o755)
     numbered = enumerate(samples)
     for shard in itertools.count():
         chunk = list(itertools.islice(numbered, samples_per_shard))
@@ -30,4 +31,8 @@ def write_shards(folder: Path, samples: Iterable[tuple[bytes, int]], samples_per
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
     index.write(partial)
-    partial.rename(folder)
+    try:
+        partial.rename(folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(partial)
+        index.read(folder)

@@ -4,7 +4,7 @@ import itertools
 import random
 import signal
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +97,8 @@ class WebDataset:
         if self.pack and self.held_out and not (self.path.exists() and self.held_out.exists()):
             self.pack(self.path, self.held_out)
 
-    def batches(self, batch_size: int, seed: int, first_step: int = 0) -> Iterator[dict[str, Any]]:
-        """Endless batches from the given step on.
+    def batches(self, batch_size: int, seed: int, first_step: int = 0) -> Generator[dict[str, Any], None, None]:
+        """Endless batches from the given step on; closing the generator ends its workers.
 
         Yields:
             `image`, uint8 (B, C, H, W); `label`, int64 (B,); `key`, a list of B names.
@@ -229,7 +229,7 @@ def _collate(samples: list[tuple[str, Tensor, int]]) -> dict[str, Any]:
     return {"image": torch.stack(images), "label": torch.tensor(labels), "key": list(keys)}
 
 
-def _rebatch(chunks: Iterator[dict[str, Any]], batch_size: int, skip: int) -> Iterator[dict[str, Any]]:
+def _rebatch(chunks: Iterator[dict[str, Any]], batch_size: int, skip: int) -> Generator[dict[str, Any], None, None]:
     """Chunks of any size joined and cut into batches, less the first `skip` samples."""
     images, labels = torch.empty(0), torch.empty(0, dtype=torch.long)
     keys: list[str] = []
@@ -246,5 +246,6 @@ def _rebatch(chunks: Iterator[dict[str, Any]], batch_size: int, skip: int) -> It
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Ctrl-C and a scheduler's signals reach every process, but only the parent decides when to stop."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)

@@ -21,6 +21,11 @@ class Interrupt:
         for signum in self.SIGNALS:
             signal.signal(signum, self._note)
 
+    def release(self) -> None:
+        """Let the signals end the process again."""
+        for signum in self.SIGNALS:
+            signal.signal(signum, signal.SIG_DFL)
+
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum
         signal.signal(signum, signal.SIG_DFL)

@@ -118,9 +118,9 @@ class Run:
         from dit.train.module import DiffusionModule
 
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-        warnings.filterwarnings("ignore", module="lightning", message=".*(num_workers|GPU available|checkpoint).*")
+        warnings.filterwarnings("ignore", message=".*(LeafSpec|num_workers).*")  # Lightning's, of no use to anyone here
         cfg, options = self.cfg, self.cfg.trainer
-        if options.accelerator == "cpu":  # the data's workers and the arithmetic share the cores
+        if options.accelerator == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # leave the data's workers their cores
             torch.set_num_threads(max(1, (os.cpu_count() or 1) - self.data.num_workers))
         module = DiffusionModule(
             self.parts.denoiser,
@@ -182,14 +182,18 @@ class Run:
             ],
         )
         batches = self.data.batches(options.batch_size, cfg.seed, self.step)
-        trainer.fit(module, itertools.islice(batches, options.max_steps - self.step))
-        return interrupt.signum
+        try:
+            trainer.fit(module, itertools.islice(batches, options.max_steps - self.step))
+        finally:
+            batches.close()  # ends the data's workers, which leave signals to us
+        return interrupt.signum if module.step < options.max_steps else None
 
     def _finish(
         self, module: "DiffusionModule", draw: Callable[[Tensor], Tensor], recorder: "Recorder", interrupt: "Interrupt"
     ) -> None:
         """Evaluate and sum up a run that reached its end."""
         summary: dict[str, Any] = {}
+        interrupt.release()
         if module.step >= self.cfg.trainer.max_steps:
             summary = {
                 "step": module.step,

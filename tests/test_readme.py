@@ -1,0 +1,47 @@
+"""The README's commands and claims are those of the code."""
+
+import re
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from dit.command.compose import compose, jobs
+from dit.command.train import check
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line.strip() for line in README.splitlines() if line.startswith("    dit train ")]
+
+
+def test_the_first_screen_has_the_two_commands():
+    commands = [line.strip() for line in README.splitlines() if line.startswith("    pip install -e")]
+    assert commands == ["pip install -e . && dit train experiment=digits", "pip install -e '.[dev]' && pytest"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_compose(command):
+    words = command.split()[2:]
+    for overrides in jobs([word for word in words if word != "-m"], multirun="-m" in words):
+        cfg = compose("train", overrides)
+        check(cfg)
+        OmegaConf.to_container(cfg, resolve=True)
+
+
+def test_the_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_the_rooms_are_all_listed():
+    rooms = {
+        path.name for path in (ROOT / "dit").iterdir() if path.is_dir() and path.name not in ("__pycache__", "conf")
+    }
+    assert rooms == set(re.findall(r"^- \[`(\w+)`\]", README, re.MULTILINE))
+
+
+def test_the_python_example_runs():
+    [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    scope = {}
+    exec(code, scope)
+    assert scope["x"].shape == (10, 1, 8, 8)
