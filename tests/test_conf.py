@@ -69,10 +69,10 @@ WRONG = {
     "model.dpeth=3": r"model.dpeth=3: there is no key model.dpeth; did you mean model.depth",
     "noise=cosin": "noise=cosin: no such option; did you mean cosine?",
     "optimizer.lr=fast": "optimizer.lr=fast: expected a number, like optimizer.lr=0.004",
-    "optimizer.lr=-1": "optimizer.lr=-1 must be greater than 0",
-    "trainer.max_steps=0": "trainer.max_steps=0 must be at least 1",
+    "optimizer.lr=-1": "optimizer.lr=-1 must be a number greater than 0",
+    "trainer.max_steps=0": "trainer.max_steps=0 must be a number, at least 1",
     "trainer.max_steps=1.5": "expected a whole number",
-    "sampler.num_steps=0": "sampler.num_steps=0 must be at least 1",
+    "sampler.num_steps=0": "sampler.num_steps=0 must be a number, at least 1",
     "+model.foo=1": "+model.foo=1: there is no key model.foo",
     "++foo=1": "there is no key foo",
     "~model.depth": "keys cannot be deleted",
@@ -88,12 +88,16 @@ WRONG = {
     "resume=perhaps": "resume=perhaps: choose one of auto, never",
     "trainer.devices=2": "trainer.devices=2: choose one of 1",
     "trainer.precision=8": "choose one of 32-true",
+    "trainer.micro_batch_size=foo": "trainer.micro_batch_size=foo must be a number",
+    "sampler.clip=foo": "sampler.clip=foo must be a number",
+    "optimizer.betas=5": "expected a list, like optimizer.betas=",
+    "run=${nope}": "nope",
 }
 
 
 @pytest.mark.parametrize("override", WRONG)
 def test_mistakes_are_answered_without_torch(override):
-    with pytest.raises(ConfigError, match=WRONG[override].replace("+", r"\+").replace("?", r"\?")):
+    with pytest.raises(ConfigError, match=WRONG[override].replace("+", r"\+").replace("?", r"\?").replace("$", r"\$")):
         [overrides] = jobs(["experiment=digits", override])
         check(compose("train", overrides))
 

@@ -64,15 +64,25 @@ def test_a_batch_holds_images_and_classes(shards):
         assert image.unique().tolist() == [int(key)] and label == int(key) % 10
 
 
-def test_flips_are_keyed(shards):
+def test_flips_are_keyed_and_fresh_every_epoch(shards):
     image = torch.arange(8, dtype=torch.uint8).expand(1, 8, 8)
     folder = shards.parent / "ramps"
     write_shards(folder, ((encode_png(image), 0) for _ in range(40)), 10)
-    first, again = (next(stream(folder, flip=True).batches(40, seed=0))["image"] for _ in range(2))
-    assert torch.equal(first, again)
-    flipped = (first[:, 0, 0, 0] == 7).sum().item()
-    assert 8 < flipped < 32
-    assert not torch.equal(first, next(stream(folder, flip=True).batches(40, seed=1))["image"])
+
+    def flips(seed):
+        """Which samples are mirrored, an epoch a row."""
+        batches = itertools.islice(stream(folder, flip=True).batches(40, seed), 6)
+        rows = []
+        for batch in batches:
+            row = dict(zip(batch["key"], (batch["image"][:, 0, 0, 0] == 7).tolist(), strict=True))
+            rows.append([row[key] for key in sorted(row)])
+        return torch.tensor(rows)
+
+    first = flips(0)
+    assert torch.equal(first, flips(0))
+    assert 0.35 < first.float().mean() < 0.65
+    agreement = [(a == b).float().mean().item() for a, b in itertools.combinations([*first, *flips(1)], 2)]
+    assert min(agreement) > 0.1 and max(agreement) < 0.9 and abs(sum(agreement) / len(agreement) - 0.5) < 0.1
 
 
 def test_digits_are_real_and_packed_once(digits_dir, tmp_path):

@@ -65,5 +65,4 @@ def test_a_run_trains_in_the_latent_space(config, vae, capsys):
     )
     run = Run(cfg)
     assert run.fit() is None
-    run._lock.close()
     assert "complete" not in capsys.readouterr().out

@@ -103,9 +103,11 @@ def test_a_prediction_that_says_nothing_of_x0_is_refused():
 def test_densities_stay_in_range_and_have_their_shape():
     u = (torch.arange(100_000) + 0.5) / 100_000
     for schedule in SCHEDULES.values():
-        for density in (times.uniform, times.discrete, times.logit_normal, times.log_normal):
+        for density in (times.uniform, times.logit_normal, times.log_normal):
             t = density(schedule, u)
             assert (t > 0).all() and (t <= schedule.t_max).all()
+    with pytest.raises(ValueError, match="needs a schedule with steps, not Flow"):
+        times.discrete(Flow(), u)
     steps = times.discrete(linear(), u) * 1000
     torch.testing.assert_close(steps, steps.round(), atol=1e-3, rtol=0)
     assert steps.round().unique().tolist() == list(range(1, 1001))

@@ -20,7 +20,6 @@ def runs(tmp_path_factory, digits_dir):
         ]
         run = Run(compose("train", overrides))
         assert run.fit() is None
-        run._lock.close()
     return folder
 
 
@@ -69,8 +68,8 @@ def test_raw_and_averaged_weights_differ(runs, tmp_path):
         (["run=plain", "labels=[10]"], "give whole numbers from 0 to 9"),
         (["run=plain", "labels=[]"], "give whole numbers"),
         (["run=plain", "labels=cat"], "give whole numbers"),
-        (["run=plain", "num_images=0"], "num_images=0 must be at least 1"),
-        (["run=plain", "sampler.num_steps=0"], "must be at least 1"),
+        (["run=plain", "num_images=0"], "num_images=0 must be a number, at least 1"),
+        (["run=plain", "sampler.num_steps=0"], "must be a number, at least 1"),
         (["run=plain", "sampler=dimm"], "did you mean ddim"),
         (["run=plain", "guidance.scale=-1"], "guidance.scale=-1"),
         (["run=plain", "weights=best"], "choose one of ema, model"),

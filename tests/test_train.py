@@ -19,7 +19,6 @@ def train(cfg):
     run = Run(cfg)
     signum = run.fit()
     assert signum is None
-    run._lock.close()
     return metrics(run.folder)
 
 
@@ -180,13 +179,78 @@ def test_another_configuration_under_the_same_name_is_refused(config):
         Run(config("ema.decay=0.9"))
     with pytest.raises(ValueError, match="resume=never"):
         Run(config("resume=never"))
+    with pytest.raises(ValueError, match=r"trainer\.max_steps=8, but run=digits is at step 12"):
+        Run(config("trainer.max_steps=8"))
+
+
+def test_other_data_under_the_same_name_is_refused_and_moved_data_is_not(config, digits_dir, tmp_path):
+    import shutil
+
+    train(config())
+    shutil.copytree(digits_dir, tmp_path / "moved")
+    assert len(train(config(f"data_dir={tmp_path}/moved", "trainer.max_steps=13"))) == 13
+    shutil.rmtree(tmp_path / "moved" / "digits" / "train")
+    shutil.copytree(digits_dir / "digits" / "held_out", tmp_path / "moved" / "digits" / "train")
+    with pytest.raises(ValueError, match="holds other shards than those run=digits was begun with"):
+        Run(config(f"data_dir={tmp_path}/moved", "trainer.max_steps=14"))
+
+
+def test_a_start_that_never_reached_a_checkpoint_does_not_bind_its_name(config):
+    folder = Path(config().runs_dir) / "digits"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("")
+    assert len(train(config())) == 12
+
+
+def test_a_longer_run_that_was_killed_before_its_end_is_summed_up_anew(config):
+    train(config())
+    summary = Path(config().runs_dir) / "digits" / "summary.json"
+    before = summary.read_text()
+    train(config("trainer.max_steps=14"))
+    summary.write_text(before)
+    train(config("trainer.max_steps=14"))
+    assert json.loads(summary.read_text())["step"] == 14
+    assert json.loads(summary.read_text())["images_per_second"] > 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["latent=sd_vae", "latent.name=/nowhere", "data.image_size=64", "data.channels=3", "latent.channels=4"],
+            "nowhere",
+        ),
+        (["metric=classifier", "data.held_out=null"], "data.held_out=null"),
+        (["model.num_classes=5"], "model.num_classes=5 differs from condition.num_classes=10"),
+        (
+            ["condition.num_classes=5", "model.num_classes=5"],
+            "condition.num_classes=5 differs from data.num_classes=10",
+        ),
+        (["latent.size=16"], "latent.size=16 is not data.image_size=8"),
+        (["latent.channels=3"], "latent.channels=3 differs from data.channels=1"),
+        (["noise=flow", "prediction=v", "times=discrete"], "times=discrete needs a schedule with steps, not Flow"),
+        (["model.mlp_ratio=-1"], r"model\.mlp_ratio=-1"),
+        (["noise=edm", "prediction=edm", "grid.rho=0"], r"grid\.rho=0"),
+        pytest.param(
+            ["trainer=gpu"],
+            "torch sees no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_before_the_folder_is_made(config, overrides, message):
+    cfg = config(*overrides)
+    with pytest.raises(ValueError, match=message):
+        Run(cfg)
+    assert not Path(cfg.runs_dir).exists()
 
 
 def test_two_processes_cannot_train_one_run(config):
-    run = Run(config())
+    first = Run(config())
     with pytest.raises(ValueError, match="another process trains run=digits"):
         Run(config())
-    run._lock.close()
+    assert first.fit() is None
+    assert Run(config()).fit() is None
 
 
 def test_a_damaged_checkpoint_is_passed_over_loudly_and_none_intact_is_an_error(config, capsys):

@@ -26,7 +26,7 @@ def main() -> None:
     options = parser.parse_args()
     print("| overrides | " + " | ".join(COLUMNS) + " |", "|---" * (1 + len(COLUMNS)) + "|", sep="\n", flush=True)
     for name, overrides in ROWS.items():
-        run = f"digits_table_{name}"
+        run = "-".join([f"digits_table_{name}", *(override.replace("/", "_") for override in options.overrides)])
         command = [sys.executable, "-m", "dit", "train", "experiment=digits", f"run={run}"]
         command += [f"runs_dir={options.runs_dir}", *overrides, *options.overrides]
         finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -42,7 +42,7 @@ def user_errors() -> Iterator[None]:
     """What objects reject as they are built is a mistake in the configuration."""
     try:
         yield
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, TypeError, ZeroDivisionError) as error:
         raise ConfigError(str(error)) from error
 
 
@@ -51,8 +51,8 @@ def launch(verb: str, command: ModuleType, arguments: Sequence[str]) -> int:
 
     Args:
         verb: the name of `conf/<verb>.yaml`.
-        command: with `main(cfg) -> exit code`, `check(cfg)`, and, where options depend on the overrides,
-            `prepare(overrides)`, None if only help is asked for.
+        command: with `main(cfg) -> exit code`, `check(cfg)`, `tell_apart(cfg, suffix)` for the jobs of a multirun, and,
+            where options depend on the overrides, `prepare(overrides)`, None if only help is asked for.
         arguments: what follows the verb.
 
     Returns:
@@ -71,8 +71,8 @@ def launch(verb: str, command: ModuleType, arguments: Sequence[str]) -> int:
 
     def task(cfg: DictConfig) -> None:
         own = [o for o in HydraConfig.get().overrides.task if o in varied]
-        if own and "run" in cfg and not any(o.startswith("run=") for o in own):
-            cfg.run = "-".join([cfg.run, *(re.sub(r"[^\w.=-]", "_", o) for o in own)])
+        if own:
+            command.tell_apart(cfg, "-".join(re.sub(r"[^\w.=-]", "_", o) for o in own))
         try:
             code = command.main(cfg)
         except Exception as error:
@@ -157,11 +157,11 @@ def compose(verb: str, overrides: Sequence[str], searchpath: Sequence[str] = ())
                 if override not in groups and not override.key_or_group.startswith("hydra"):
                     _check_key(base, override, loader.list_groups(""))
             cfg = hydra_compose(verb, list(overrides))
+            _check_complete(cfg)
     except ConfigError:
         raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
-    _check_complete(cfg)
     return cfg
 
 
@@ -204,6 +204,8 @@ def _check_key(base: DictConfig, override: Override, groups: Sequence[str]) -> N
         if isinstance(value, bool) or not isinstance(value, wanted):
             kind = "a number" if isinstance(default, float) else "a whole number"
             raise ConfigError(f"{override.input_line}: expected {kind}, like {key}={default}")
+    if isinstance(default, ListConfig) and not isinstance(value, list):
+        raise ConfigError(f"{override.input_line}: expected a list, like {key}={list(default)}".replace(" ]", "]"))
     if isinstance(default, DictConfig) and not isinstance(value, dict):
         raise ConfigError(f"{override.input_line}: {key} is a group of keys; {_nearest(key + '.', _keys(base))}")
 
@@ -223,12 +225,12 @@ def check_least(cfg: DictConfig, least: dict[str, float], positive: Sequence[str
     """
     for key, bound in least.items():
         value = OmegaConf.select(cfg, key)
-        if value is not None and value < bound:
-            raise ConfigError(f"{key}={value} must be at least {bound}")
+        if value is not None and not (isinstance(value, int | float) and value >= bound):
+            raise ConfigError(f"{key}={value} must be a number, at least {bound}")
     for key in positive:
         value = OmegaConf.select(cfg, key)
-        if value is not None and not value > 0:
-            raise ConfigError(f"{key}={value} must be greater than 0")
+        if value is not None and not (isinstance(value, int | float) and value > 0):
+            raise ConfigError(f"{key}={value} must be a number greater than 0")
 
 
 def check_choices(cfg: DictConfig, choices: dict[str, Sequence[Any]]) -> None:

@@ -47,6 +47,12 @@ def check(cfg: DictConfig) -> None:
     check_choices(cfg, {"weights": ("ema", "model"), "accelerator": ("auto", "cpu", "gpu")})
 
 
+def tell_apart(cfg: DictConfig, suffix: str) -> None:
+    """Give a job of a multirun a picture of its own."""
+    if cfg.out is None:
+        cfg.out = str(Path(cfg.runs_dir) / cfg.run / "samples" / f"{suffix}.png")
+
+
 def main(cfg: DictConfig) -> int:
     """Draw, write one picture, and say where it is; the exit code."""
     import torch
@@ -68,10 +74,11 @@ def main(cfg: DictConfig) -> int:
         device = torch.device("cuda" if cfg.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
         if cfg.accelerator == "gpu" and device.type == "cpu":
             raise ValueError("accelerator=gpu, but torch sees none: choose accelerator=cpu")
+        latent = parts.latent().to(device)
     denoiser = parts.denoiser()
     denoiser.network.load_state_dict(checkpoint.load_weights(path, "model"))
     denoiser.network.load_state_dict(checkpoint.load_weights(path, cfg.weights), strict=False)
-    pipeline = parts.pipeline(denoiser.to(device).eval(), parts.latent().to(device))
+    pipeline = parts.pipeline(denoiser.to(device).eval(), latent)
     images = pipeline(asked, cfg.num_images, seed=cfg.seed, batch_size=cfg.batch_size)
     out = Path(cfg.out) if cfg.out else folder / "samples" / f"seed-{cfg.seed}.png"
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,5 @@
 """dit train: train a model."""
 
-import signal
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,14 +23,13 @@ LEAST: dict[str, float] = {
     "evaluation.batch_size": 1,
     "seed": 0,
 }
-POSITIVE = ("optimizer.lr", "trainer.max_grad_norm")
+POSITIVE = ("optimizer.lr", "trainer.max_grad_norm", "sampler.clip")
 CHOICES: dict[str, Sequence[Any]] = {
     "resume": ("auto", "never"),
     "trainer.accelerator": ("auto", "cpu", "gpu"),
     "trainer.precision": ("32-true", "bf16-mixed"),
     "trainer.devices": (1,),
 }
-EXIT_CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 75}
 
 
 def check(cfg: DictConfig) -> None:
@@ -45,11 +43,16 @@ def check(cfg: DictConfig) -> None:
     check_choices(cfg, CHOICES)
 
 
+def tell_apart(cfg: DictConfig, suffix: str) -> None:
+    """Give a job of a multirun a run of its own."""
+    if "run=" not in suffix:
+        cfg.run = f"{cfg.run}-{suffix}"
+
+
 def main(cfg: DictConfig) -> int:
     """Train; the exit code."""
     with user_errors():
         from dit.train.run import Run
 
         run = Run(cfg)
-    signum = run.fit()
-    return 0 if signum is None else EXIT_CODES[signum]
+    return run.fit() or 0

@@ -29,10 +29,16 @@ def write(folder: Path) -> list[Shard]:
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise ValueError(f"{folder} holds no .tar shard")
+    total = sum(path.stat().st_size for path in paths)
+    if total > VERIFY_BYTES:
+        print(f"dit: indexing {len(paths)} shards of {folder}, {total / 2**30:,.0f} GiB, once", flush=True)
     shards = [Shard(path.name, count(path), path.stat().st_size, sha256(path)) for path in paths]
-    partial = folder / f"{MANIFEST}.{os.getpid()}.tmp"
-    partial.write_text(json.dumps({"shards": [shard._asdict() for shard in shards]}, indent=1) + "\n")
-    partial.replace(folder / MANIFEST)
+    try:
+        partial = folder / f"{MANIFEST}.{os.getpid()}.tmp"
+        partial.write_text(json.dumps({"shards": [shard._asdict() for shard in shards]}, indent=1) + "\n")
+        partial.replace(folder / MANIFEST)
+    except PermissionError:
+        print(f"dit: {folder} cannot be written to, so its index cannot be kept: the next start makes it again")
     return shards
 
 

@@ -87,6 +87,8 @@ class DiT(nn.Module):
                 raise ValueError(f"model.{name}={value} must be at least 1")
         _check_divides("patch_size", patch_size, "input_size", input_size)
         _check_divides("num_heads", num_heads, "hidden_size", hidden_size)
+        if mlp_ratio <= 0:
+            raise ValueError(f"model.mlp_ratio={mlp_ratio} must be positive, like 4")
         if hidden_size % 4:
             raise ValueError(f"model.hidden_size={hidden_size} must be a multiple of 4, for the table of positions")
         self.patch_size = patch_size
@@ -99,7 +101,8 @@ class DiT(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, side**2, hidden_size), requires_grad=False)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
-        self.reset_parameters()
+        if not self.pos_embed.is_meta:
+            self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """The published initialization: Xavier for linear layers, N(0, 0.02) for embeddings, zero gates and output."""

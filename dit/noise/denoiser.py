@@ -40,7 +40,7 @@ class Denoiser(nn.Module):
         scale = self.schedule.input_scale(t).to(x_t)
         time = self.schedule.time_input(t).to(x_t).expand(batch)
         f: Tensor = self.network(expand_like(scale, x_t) * x_t, time, **cond)
-        return f[:, :channels].float()
+        return f[:, :channels].to(x_t.dtype)
 
     def forward(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Estimate:
         """The estimate of (x0, eps), which samplers read; t is (B,) or ()."""

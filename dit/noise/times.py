@@ -16,8 +16,13 @@ def uniform(schedule: Schedule, u: Tensor) -> Tensor:
     return (1 - u) * schedule.t_max
 
 
-def discrete(schedule: Schedule, u: Tensor, *, num_steps: int = 1000) -> Tensor:
-    """Density: one of the num_steps times t_max k / num_steps, k = 1..num_steps, as DDPM draws them."""
+def discrete(schedule: Schedule, u: Tensor) -> Tensor:
+    """Density: one of the times k / N, k = 1..N, of a schedule with N discrete steps, as DDPM draws them."""
+    num_steps = getattr(schedule, "num_steps", None)
+    if num_steps is None:
+        raise ValueError(
+            f"times=discrete needs a schedule with steps, not {type(schedule).__name__}: choose times=uniform"
+        )
     return ((1 - u) * num_steps).ceil().clamp(1, num_steps) / num_steps * schedule.t_max
 
 
@@ -45,6 +50,8 @@ def evenly(schedule: Schedule, num_steps: int) -> Tensor:
 def karras(schedule: Schedule, num_steps: int, *, sigma_min: float = 0.002, rho: float = 7.0) -> Tensor:
     """Grid: equal steps in t^(1 / rho) from t_max to sigma_min, then 0; for EDM (arXiv:2206.00364, equation 5)."""
     _check(num_steps)
+    if rho <= 0:
+        raise ValueError(f"grid.rho={rho} must be positive, like 7")
     if not 0 < sigma_min < schedule.t_max:
         raise ValueError(f"sigma_min={sigma_min} must lie in (0, t_max={schedule.t_max:g})")
     ends = (schedule.t_max ** (1 / rho), sigma_min ** (1 / rho))

@@ -7,12 +7,20 @@ from typing import Any
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dit.latent.latent import Latent
 from dit.noise.denoiser import Denoiser
+from dit.noise.prediction import Estimate
 from dit.noise.schedule import Schedule
 from dit.sampler.pipeline import Pipeline
+
+SAME = [
+    ("model.in_channels", "latent.channels"),
+    ("model.input_size", "latent.size"),
+    ("model.num_classes", "condition.num_classes"),
+    ("condition.num_classes", "data.num_classes"),
+]
 
 
 class Parts:
@@ -36,10 +44,15 @@ class Parts:
         denoiser = self.denoiser("meta")  # what does not fit fails here, before anything large is made
         self._guidance(denoiser, self.condition.null)
         times = self.grid(self.schedule)
-        self._sampler(lambda x, t: (x, x), self.schedule, torch.zeros(1, 1), times[-2:])
-        for ours, theirs in [("in_channels", "channels"), ("input_size", "size")]:
-            if cfg.model[ours] != cfg.latent[theirs]:
-                raise ValueError(f"model.{ours}={cfg.model[ours]} differs from latent.{theirs}={cfg.latent[theirs]}")
+        self._sampler(lambda x, t: Estimate(x, x), self.schedule, torch.zeros(1, 1), times[-2:])
+        build(cfg.times)(self.schedule, torch.rand(2))
+        stride = cfg.latent.get("stride", 1)
+        if cfg.latent.size * stride != cfg.data.image_size:
+            size = f"latent.size={cfg.latent.size} is not data.image_size={cfg.data.image_size}"
+            raise ValueError(size + (f" over latent.stride={stride}" if stride > 1 else ""))
+        for ours, theirs in SAME if stride > 1 else [*SAME, ("latent.channels", "data.channels")]:
+            if (mine := OmegaConf.select(cfg, ours)) != (other := OmegaConf.select(cfg, theirs)):
+                raise ValueError(f"{ours}={mine} differs from {theirs}={other}")
 
     def denoiser(self, device: str = "cpu") -> Denoiser:
         """A new, untrained network, given its meaning."""

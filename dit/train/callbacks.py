@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dit.data.image import encode_png, grid
 from dit.train import checkpoint
-from dit.train.interrupt import Interrupt
 from dit.train.module import DiffusionModule
+from dit.train.preemption import Preemption
 from dit.train.tracker import WandB
 
 
@@ -63,8 +63,8 @@ class Recorder(Callback):
 
     @property
     def images_per_second(self) -> float:
-        """The mean speed of training proper, since this process began."""
-        return self.total_images / self.total_seconds if self.total_seconds else 0.0
+        """The mean speed of training proper since this process began; the last line's if it had no step to do."""
+        return self.total_images / self.total_seconds if self.total_seconds else self.last.get("images_per_second", 0.0)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -158,7 +158,8 @@ class Checkpoints(Callback):
         every_steps: a checkpoint every so many steps, and after the last, and when asked to stop.
         keep: how many to keep.
         recorder: whose clock stops meanwhile, and whose sums are part of the state.
-        interrupt: says when to stop.
+        preemption: says when to stop.
+        data: the fingerprint of the training data.
     """
 
     def __init__(
@@ -168,18 +169,20 @@ class Checkpoints(Callback):
         every_steps: int,
         keep: int,
         recorder: Recorder,
-        interrupt: Interrupt,
+        preemption: Preemption,
+        data: str,
     ):
         self.root = root
         self.resume_from = resume_from
         self.every_steps = every_steps
         self.keep = keep
         self.recorder = recorder
-        self.interrupt = interrupt
+        self.preemption = preemption
+        self.data = data
 
     def on_train_start(self, trainer: Trainer, pl_module: DiffusionModule) -> None:  # type: ignore[override]
         """Load the state, and take over the signals from Lightning, which has just installed handlers of its own."""
-        self.interrupt.install()
+        self.preemption.install()
         if self.resume_from is None:
             return self.recorder.rewind(0)
         path = self.resume_from
@@ -197,7 +200,7 @@ class Checkpoints(Callback):
     ) -> None:
         """Commit a checkpoint where one is due; leave if asked to."""
         step = pl_module.step
-        stop = self.interrupt.signum is not None
+        stop = self.preemption.exit_code is not None
         if stop or step % self.every_steps == 0 or step == self.recorder.max_steps:
             with self.recorder.paused():
                 self._save(trainer, pl_module)
@@ -211,4 +214,4 @@ class Checkpoints(Callback):
         }
         weights = {"model": module.denoiser.network.state_dict(), "ema": module.ema.state_dict()}
         states = {"optimizer": trainer.optimizers[0].state_dict(), "run": state}
-        checkpoint.save(self.root, module.step, weights, states, self.keep)
+        checkpoint.save(self.root, module.step, weights, states, data=self.data, keep=self.keep)

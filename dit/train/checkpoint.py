@@ -23,7 +23,13 @@ class CheckpointError(RuntimeError):
 
 
 def save(
-    root: Path, step: int, weights: Mapping[str, Mapping[str, Tensor]], states: Mapping[str, Any], keep: int
+    root: Path,
+    step: int,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    states: Mapping[str, Any],
+    *,
+    data: str = "",
+    keep: int = 2,
 ) -> Path:
     """Commit `root/step-<step>`, and remove all but the newest `keep` checkpoints.
 
@@ -32,6 +38,7 @@ def save(
         step: finished optimizer steps.
         weights: tensors by name, each mapping a `.safetensors` file.
         states: nested tensors and primitives, each a `.pt` file that `weights_only` reads.
+        data: the fingerprint of the training data.
         keep: how many checkpoints to keep, this one included.
     """
     final = root / f"step-{step:08d}"
@@ -46,6 +53,7 @@ def save(
         torch.save(state, partial / f"{name}.pt")
     manifest = {
         "step": step,
+        "data": data,
         "versions": {"torch": torch.__version__, "lightning": version("lightning")},
         "files": {path.name: _fingerprint(path) for path in sorted(partial.iterdir())},
     }
@@ -65,26 +73,32 @@ def committed(root: Path) -> list[Path]:
 
 
 def newest(root: Path) -> Path | None:
-    """The newest intact checkpoint; None where there never was one.
-
-    What is not intact is passed over, loudly, and put aside as `step-*.corrupt`.
+    """The newest intact checkpoint; None where there never was one. What is not intact is passed over, loudly.
 
     Raises:
         CheckpointError: if there are checkpoints but none is intact.
     """
-    for stale in root.glob("step-*.tmp"):
-        shutil.rmtree(stale)
-    corrupt: list[Path] = []
     for path in reversed(committed(root)):
         if not (problem := verify(path)):
-            for other in corrupt:
-                other.rename(other.with_suffix(".corrupt"))
             return path
         print(f"dit: WARNING: passing over the checkpoint {path}: {problem}", flush=True)
-        corrupt.append(path)
-    if corrupt:
+    if committed(root):
         raise CheckpointError(f"no checkpoint in {root} is intact; move the folder away to start anew")
     return None
+
+
+def clean(root: Path, resume_from: Path) -> None:
+    """Remove what a killed save left, and put aside as `step-*.corrupt` what was passed over for resume_from.
+
+    Only for the process that trains the run.
+    """
+    for stale in root.glob("step-*.tmp"):
+        shutil.rmtree(stale)
+    for path in committed(root):
+        if step_of(path) > step_of(resume_from):
+            aside = path.with_suffix(".corrupt")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
 
 
 def verify(path: Path) -> str | None:
@@ -102,6 +116,12 @@ def verify(path: Path) -> str | None:
 def step_of(path: Path) -> int:
     """The finished optimizer steps of a checkpoint."""
     return int(path.name.removeprefix("step-"))
+
+
+def data_of(path: Path) -> str:
+    """The fingerprint of the data with which a checkpoint was trained."""
+    fingerprint: str = json.loads((path / MANIFEST).read_text())["data"]
+    return fingerprint
 
 
 def load_weights(path: Path, name: str) -> dict[str, Tensor]:

@@ -97,7 +97,8 @@ class DiffusionModule(LightningModule):
             group.setdefault("initial_lr", group["lr"])
             group["lr"] = group["initial_lr"] * self.learning_rate(self.step)
         total = grad_norm = torch.zeros((), device=self.device)
-        for _, loss in self._backward(list(self._micro_batches(batch))):
+        for network, loss in self._backward(list(self._micro_batches(batch))):
+            assert network == "denoiser", f"there is no optimizer for {network}: so far there is one network"
             grad_norm = torch.nn.utils.clip_grad_norm_(
                 [p for group in optimizer.param_groups for p in group["params"]],  # type: ignore[union-attr]
                 float("inf") if self.max_grad_norm is None else self.max_grad_norm,

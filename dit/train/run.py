@@ -7,8 +7,9 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -19,11 +20,24 @@ from dit.train.build import Parts, build
 
 if TYPE_CHECKING:  # importing lightning takes seconds, which a mistake in the configuration need not wait for
     from dit.train.callbacks import Recorder
-    from dit.train.interrupt import Interrupt
     from dit.train.module import DiffusionModule
+    from dit.train.preemption import Preemption
 
-# What may differ when a run goes on: everything below these nodes but what decides its numbers.
-FREE = {"trainer", "resume", "sampler", "grid", "guidance", "metric", "evaluation", "logger"}
+# What may differ when a run goes on: where things are, and everything below these nodes but what decides its numbers.
+FREE = {
+    "run",
+    "runs_dir",
+    "data_dir",
+    "resume",
+    "trainer",
+    "sampler",
+    "grid",
+    "guidance",
+    "metric",
+    "evaluation",
+    "logger",
+}
+FREE |= {"data.path", "data.held_out"}
 FIXED = {f"trainer.{name}" for name in ("batch_size", "micro_batch_size", "lanes", "precision", "max_grad_norm")}
 
 
@@ -38,6 +52,7 @@ class Run:
 
     Raises:
         ValueError: if the configuration, the data or the folder does not do, with the way out.
+        ImportError: if an optional dependency is missing.
         CheckpointError: if there are checkpoints but none is intact.
     """
 
@@ -48,85 +63,117 @@ class Run:
         self.objective = build(cfg.objective)
         self.tracker = build(cfg.logger)
         self.data = build(cfg.data)
+        self.data.check()
+        if cfg.metric and cfg.data.held_out is None:
+            raise ValueError("data.held_out=null, but the metric needs held-out images: give a folder, or metric=none")
+        if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
+            raise ValueError("trainer.accelerator=gpu, but torch sees no GPU: choose trainer=cpu")
         network = self.parts.denoiser("meta").network
         build(cfg.optimizer)(network.parameters())
         build(cfg.ema)(network)
         self.num_parameters = sum(p.numel() for p in network.parameters())
-        self.data.check()
-        self.folder = Path(cfg.runs_dir) / cfg.run
-        self._claim()
-        self.resume_from = checkpoint.newest(self.folder / "checkpoints")
-        self.step = checkpoint.step_of(self.resume_from) if self.resume_from else 0
+        self.latent = self.parts.latent()
 
-    def _claim(self) -> None:
-        """Take the folder for this process alone, and see to it that its run is the same."""
-        config, resolved = self.folder / "config.yaml", OmegaConf.to_container(self.cfg, resolve=True)
-        if config.exists():
-            if self.cfg.resume == "never":
-                raise ValueError(f"{self.folder} exists and resume=never: choose another run=<name>, or resume=auto")
-            before, now = _flat(OmegaConf.to_container(OmegaConf.load(config))), _flat(resolved)
-            changed = [
-                f"{key}={now.get(key, '<none>')}, was {before.get(key, '<none>')}"
-                for key in sorted(before.keys() | now.keys())
-                if before.get(key) != now.get(key) and (key in FIXED or key.split(".")[0] not in FREE)
-            ]
-            if changed:
-                raise ValueError(
-                    f"the run {self.cfg.run} was begun with another configuration ({'; '.join(changed[:6])}): "
-                    "name this one run=<another name>, or give the same values to go on"
-                )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / ".lock").open("w")
+        self.folder = Path(cfg.runs_dir) / cfg.run
+        self.resolved = OmegaConf.to_container(cfg, resolve=True)
+        self._lock = self._claim()
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.resume_from = checkpoint.newest(self.folder / "checkpoints")
+            self.step = checkpoint.step_of(self.resume_from) if self.resume_from else 0
+            if self.resume_from:
+                self._check_same(self.resume_from)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _claim(self) -> TextIO:
+        """Take the folder for this process alone."""
+        if self.cfg.resume == "never" and (self.folder / "config.yaml").exists():
+            raise ValueError(f"{self.folder} exists and resume=never: choose another run=<name>, or resume=auto")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = (self.folder / ".lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
                 f"another process trains run={self.cfg.run} just now: wait, or take another name"
             ) from None
         except OSError:
             pass  # a file system without locks
-        config.write_text(OmegaConf.to_yaml(OmegaConf.create(resolved)))
+        return lock
+
+    def _check_same(self, resume_from: Path) -> None:
+        """See to it that what goes on is the same run."""
+        before, now = _flat(OmegaConf.to_container(OmegaConf.load(self.folder / "config.yaml"))), _flat(self.resolved)
+        changed = [
+            f"{key}={now[key]}, was {before[key]}"
+            for key in sorted(before.keys() & now.keys())  # a key that only one version knows changes nothing
+            if before[key] != now[key] and (key in FIXED or not {key, key.split(".")[0]} & FREE)
+        ]
+        if changed:
+            raise ValueError(
+                f"the run {self.cfg.run} was begun with another configuration ({'; '.join(changed[:6])}): "
+                "name this one run=<another name>, or give the same values to go on"
+            )
+        if self.data.path.exists() and checkpoint.data_of(resume_from) != self.data.fingerprint():
+            raise ValueError(
+                f"data.path={self.data.path} holds other shards than those run={self.cfg.run} was begun with"
+            )
+        if self.step > self.cfg.trainer.max_steps:
+            raise ValueError(
+                f"trainer.max_steps={self.cfg.trainer.max_steps}, but run={self.cfg.run} is at step {self.step}"
+            )
 
     def fit(self) -> int | None:
         """Train to the end, evaluate, and write summary.json.
 
         Returns:
-            The signal that ended the run early, or None.
+            The exit code if a signal ended the run early, or None.
         """
         summary = self.folder / "summary.json"
         max_steps = self.cfg.trainer.max_steps
-        if self.step >= max_steps and summary.exists():
-            print(f"dit: {self.folder} is complete at step {self.step}")
-            _report(self.folder, json.loads(summary.read_text()))
-            return None
-        self.data.prepare()
-        print(
-            f"dit: {self.folder}: {f'going on from step {self.step}' if self.step else 'a new run'}, "
-            f"{self.num_parameters:,} parameters, {max_steps} steps of {self.cfg.trainer.batch_size} images"
-            f"{f' in {self.num_micro_batches} parts' if self.num_micro_batches > 1 else ''}, "
-            f"lr {self.cfg.optimizer.lr:g}",
-            flush=True,
-        )
-        return self._train()
+        try:
+            before = json.loads(summary.read_text()) if summary.exists() else {}
+            judged = "accuracy" in before or not self.cfg.metric
+            if before.get("step") == self.step == max_steps and judged:
+                print(f"dit: {self.folder} is complete at step {self.step}")
+                _report(self.folder, before)
+                return None
+            self.data.prepare()
+            print(
+                f"dit: {self.folder}: {f'going on from step {self.step}' if self.step else 'a new run'}, "
+                f"{self.num_parameters:,} parameters, {max_steps} steps of {self.cfg.trainer.batch_size} images"
+                f"{f' in {self.num_micro_batches} parts' if self.num_micro_batches > 1 else ''}, "
+                f"lr {self.cfg.optimizer.lr:g}",
+                flush=True,
+            )
+            for name in ("samples", "checkpoints"):
+                (self.folder / name).mkdir(exist_ok=True)
+            if self.resume_from:
+                checkpoint.clean(self.folder / "checkpoints", self.resume_from)
+            _write(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.resolved)))
+            return self._train()
+        finally:
+            self._lock.close()
 
     def _train(self) -> int | None:
         from lightning.pytorch import Trainer
         from lightning.pytorch.callbacks import LambdaCallback
 
         from dit.train.callbacks import Checkpoints, Preview, Recorder
-        from dit.train.interrupt import Interrupt
         from dit.train.module import DiffusionModule
+        from dit.train.preemption import Preemption
 
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", message=".*(LeafSpec|num_workers).*")  # Lightning's, of no use to anyone here
         cfg, options = self.cfg, self.cfg.trainer
         if options.accelerator == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # leave the data's workers their cores
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) - self.data.num_workers))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - self.data.num_workers))
         module = DiffusionModule(
             self.parts.denoiser,
             self.objective,
             self.parts.condition,
-            self.parts.latent(),
+            self.latent,
             build(cfg.optimizer),
             build(cfg.learning_rate),
             build(cfg.ema),
@@ -145,11 +192,9 @@ class Run:
             module.denoiser.train()
             return images
 
-        for name in ("samples", "checkpoints"):
-            (self.folder / name).mkdir(exist_ok=True)
         if self.tracker:
-            self.tracker.start(self.folder, OmegaConf.to_container(cfg, resolve=True))
-        interrupt = Interrupt()
+            self.tracker.start(self.folder, self.resolved)
+        preemption = Preemption()
         recorder = Recorder(
             self.folder / "metrics.jsonl", options.max_steps, options.batch_size, options.log_every_steps, self.tracker
         )
@@ -162,7 +207,8 @@ class Run:
             options.checkpoint_every_steps,
             options.keep_checkpoints,
             recorder,
-            interrupt,
+            preemption,
+            self.data.fingerprint(),
         )
         trainer = Trainer(
             accelerator=options.accelerator,
@@ -178,22 +224,24 @@ class Run:
                 recorder,
                 preview,
                 checkpoints,
-                LambdaCallback(on_train_end=lambda *_: self._finish(module, draw, recorder, interrupt)),
+                LambdaCallback(on_train_end=lambda *_: self._finish(module, draw, recorder, preemption)),
             ],
         )
         batches = self.data.batches(options.batch_size, cfg.seed, self.step)
-        try:
+        with preemption, closing(batches):  # closing ends the data's workers, which leave signals to us
             trainer.fit(module, itertools.islice(batches, options.max_steps - self.step))
-        finally:
-            batches.close()  # ends the data's workers, which leave signals to us
-        return interrupt.signum if module.step < options.max_steps else None
+        return preemption.exit_code if module.step < options.max_steps else None
 
     def _finish(
-        self, module: "DiffusionModule", draw: Callable[[Tensor], Tensor], recorder: "Recorder", interrupt: "Interrupt"
+        self,
+        module: "DiffusionModule",
+        draw: Callable[[Tensor], Tensor],
+        recorder: "Recorder",
+        preemption: "Preemption",
     ) -> None:
         """Evaluate and sum up a run that reached its end."""
         summary: dict[str, Any] = {}
-        interrupt.release()
+        preemption.leave_at_once()
         if module.step >= self.cfg.trainer.max_steps:
             summary = {
                 "step": module.step,
@@ -204,11 +252,9 @@ class Run:
                 print(f"dit: judging {self.cfg.evaluation.num_images} samples", flush=True)
                 train, held_out = self.data.read(self.data.path), self.data.read(self.data.held_out)
                 summary |= build(self.cfg.metric)(draw, train, held_out, num_images=self.cfg.evaluation.num_images)
-            partial = self.folder / "summary.tmp"
-            partial.write_text(json.dumps(summary, indent=1) + "\n")
-            partial.replace(self.folder / "summary.json")
+            _write(self.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
             _report(self.folder, summary)
-        elif interrupt.signum is not None:
+        elif preemption.exit_code is not None:
             print(f"dit: stopped and saved at step {module.step}; the same command goes on from there", flush=True)
         if self.tracker:
             self.tracker.finish(summary)
@@ -226,6 +272,13 @@ def _num_micro_batches(trainer: DictConfig) -> int:
             f"(trainer.lanes={lanes}): choose one of {allowed}"
         )
     return batch // micro
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file as a whole."""
+    partial = path.with_suffix(".tmp")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:

@@ -7,7 +7,8 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
+from urllib.parse import ParseResult, urlparse
+from urllib.request import getproxies
 
 
 class WandB:
@@ -37,9 +38,8 @@ class WandB:
         if mode == "disabled":
             return
         if mode == "online" and not _reachable():
-            print(
-                f"dit: {_host()} does not answer: W&B offline; send it later with `wandb sync {folder}/wandb/offline-*`"
-            )
+            later = f"`wandb sync {folder}/wandb/offline-*` sends it later"
+            print(f"dit: {_host().netloc} does not answer; W&B stays offline: {later}")
             mode = "offline"
         identity = folder / "wandb-id"
         if not identity.exists():
@@ -88,23 +88,26 @@ class WandB:
             self._run = None
 
 
-def _host() -> str:
-    return urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
+def _host() -> ParseResult:
+    return urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
 
 
 def _logged_in() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(_host().split(":")[0]) is not None
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(_host().hostname or "") is not None
     except (OSError, netrc.NetrcParseError):
         return False
 
 
 def _reachable(timeout_seconds: float = 3.0) -> bool:
-    name, _, port = _host().partition(":")
+    if getproxies():  # then the way there is the proxy's affair
+        return True
+    host = _host()
     try:
-        socket.create_connection((name, int(port or 443)), timeout_seconds).close()
+        port = host.port or {"http": 80}.get(host.scheme, 443)
+        socket.create_connection((host.hostname or "", port), timeout_seconds).close()
     except OSError:
         return False
     return True
