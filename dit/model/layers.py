@@ -46,7 +46,8 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, num_classes: int, hidden_size: int):
         super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+        # Begun empty: drawing normal numbers on the meta device imports torch's compiler, which takes seconds.
+        self.embedding_table = nn.Embedding.from_pretrained(torch.empty(num_classes + 1, hidden_size), freeze=False)
 
     def forward(self, label: Tensor) -> Tensor:
         """(B,) -> (B, D)."""

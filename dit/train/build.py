@@ -45,7 +45,6 @@ class Parts:
         self._guidance(denoiser, self.condition.null)
         times = self.grid(self.schedule)
         self._sampler(lambda x, t: Estimate(x, x), self.schedule, torch.zeros(1, 1), times[-2:])
-        build(cfg.times)(self.schedule, torch.rand(2))
         stride = cfg.latent.get("stride", 1)
         if cfg.latent.size * stride != cfg.data.image_size:
             size = f"latent.size={cfg.latent.size} is not data.image_size={cfg.data.image_size}"

@@ -60,10 +60,11 @@ class Run:
         self.cfg = cfg
         self.parts = Parts(cfg)
         self.num_micro_batches = _num_micro_batches(cfg.trainer)
+        build(cfg.times)(self.parts.schedule, torch.rand(2))
         self.objective = build(cfg.objective)
         self.tracker = build(cfg.logger)
         self.data = build(cfg.data)
-        self.data.check()
+        self.data.check()  # before the optimizer, whose making imports torch's compiler, which takes seconds
         if cfg.metric and cfg.data.held_out is None:
             raise ValueError("data.held_out=null, but the metric needs held-out images: give a folder, or metric=none")
         if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
