@@ -60,6 +60,14 @@ def test_raw_and_averaged_weights_differ(runs, tmp_path):
     assert pictures[0] != pictures[1]
 
 
+@pytest.mark.parametrize("text", ["{{{", "a: 1", "\x89"])
+def test_a_damaged_configuration_is_named(tmp_path, text):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.yaml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"broken/config\.yaml is damaged"):
+        sample.prepare([f"runs_dir={tmp_path}", "run=broken"])
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -68,12 +76,14 @@ def test_raw_and_averaged_weights_differ(runs, tmp_path):
         (["run=plain", "labels=[10]"], "give whole numbers from 0 to 9"),
         (["run=plain", "labels=[]"], "give whole numbers"),
         (["run=plain", "labels=cat"], "give whole numbers"),
-        (["run=plain", "num_images=0"], "num_images=0 must be a number, at least 1"),
-        (["run=plain", "sampler.num_steps=0"], "must be a number, at least 1"),
+        (["run=plain", "num_images=0"], "num_images=0 must be at least 1"),
+        (["run=plain", "sampler.num_steps=0"], "must be at least 1"),
         (["run=plain", "sampler=dimm"], "did you mean ddim"),
         (["run=plain", "guidance.scale=-1"], "guidance.scale=-1"),
         (["run=plain", "weights=best"], "choose one of ema, model"),
         (["run=plain", "sampler.eta=2"], "eta=2"),
+        (["run=plain", "out=config.yaml"], r"out=config\.yaml: the picture is a PNG"),
+        (["run=plain", "out=/proc/x.png"], r"out=/proc/x\.png cannot be written"),
     ],
 )
 def test_mistakes_are_answered(runs, overrides, message):

@@ -264,6 +264,10 @@ def test_a_damaged_checkpoint_is_passed_over_loudly_and_none_intact_is_an_error(
     assert losses(train(config())) == losses(lines)
     assert "passing over the checkpoint" in capsys.readouterr().out
     assert sorted(p.name for p in root.iterdir()) == ["step-00000010", "step-00000012", "step-00000012.corrupt"]
+    (root / "step-00000012" / "manifest.json").write_text('{"files": {}}')
+    assert checkpoint.newest(root).name == "step-00000010"
+    (root / "step-00000012" / "manifest.json").write_text("[]")
+    assert checkpoint.newest(root).name == "step-00000010"
     for path in root.glob("step-*/run.pt"):
         path.write_bytes(path.read_bytes()[:-1])
     for _ in range(2):  # and again: a second start must not begin anew in silence

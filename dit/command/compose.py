@@ -1,7 +1,7 @@
 """Compose a verb's configuration, and answer mistakes before torch is imported: the value, the nearest name, exit 2."""
 
 import difflib
-import os
+import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 OmegaConf.register_new_resolver("divide", lambda a, b: a // b, replace=True)
 
 
+MOST = 10**15  # no count is larger
 NULLABLE = ("trainer.max_grad_norm",)  # keys that may be null though a recipe gives them a number
 
 
@@ -121,10 +122,14 @@ def jobs(overrides: Sequence[str], multirun: bool = False) -> list[list[str]]:
     Raises:
         ConfigError: if an override cannot be parsed.
     """
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise ConfigError(f"cannot read the overrides {list(overrides)}: {error}") from error
+    parsed: list[Override] = []
+    for text in overrides:
+        try:
+            parsed += OverridesParser.create().parse_overrides([text])
+        except HydraException as error:
+            reason = str(error).splitlines()[0].removeprefix(f"Error parsing override '{text}'").strip() or "no value"
+            way_out = "write key=value, and quote special characters: 'key=\"value\"'"
+            raise ConfigError(f"cannot read {text!r} ({reason}): {way_out}") from error
     if multirun:
         [batch] = BasicSweeper.split_arguments(parsed, max_batch_size=None)
         return [list(job) for job in batch]
@@ -201,6 +206,8 @@ def _check_key(base: DictConfig, override: Override, groups: Sequence[str]) -> N
         wanted = int | float if isinstance(default, float) else int
         if value is None and key in NULLABLE:
             return
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{override.input_line}: expected a finite number, like {key}={default}")
         if isinstance(value, bool) or not isinstance(value, wanted):
             kind = "a number" if isinstance(default, float) else "a whole number"
             raise ConfigError(f"{override.input_line}: expected {kind}, like {key}={default}")
@@ -225,12 +232,16 @@ def check_least(cfg: DictConfig, least: dict[str, float], positive: Sequence[str
     """
     for key, bound in least.items():
         value = OmegaConf.select(cfg, key)
-        if value is not None and not (isinstance(value, int | float) and value >= bound):
-            raise ConfigError(f"{key}={value} must be a number, at least {bound}")
+        if value is not None and not isinstance(value, int | float):
+            raise ConfigError(f"{key}={value} must be a number")
+        if value is not None and not bound <= value <= MOST:
+            raise ConfigError(f"{key}={value} must be at least {bound}" + (f", at most {MOST}" if value > MOST else ""))
     for key in positive:
         value = OmegaConf.select(cfg, key)
-        if value is not None and not (isinstance(value, int | float) and value > 0):
-            raise ConfigError(f"{key}={value} must be a number greater than 0")
+        if value is not None and not isinstance(value, int | float):
+            raise ConfigError(f"{key}={value} must be a number")
+        if value is not None and not value > 0:
+            raise ConfigError(f"{key}={value} must be greater than 0")
 
 
 def check_choices(cfg: DictConfig, choices: dict[str, Sequence[Any]]) -> None:
@@ -250,11 +261,9 @@ def check_run_name(name: Any) -> None:
     Raises:
         ConfigError: if it could lead elsewhere.
     """
-    allowed = "letters, digits and . _ - = , +"
-    if not isinstance(name, str | int) or not str(name).strip("."):
-        raise ConfigError(f"run={name}: a run needs a name, of {allowed}")
-    if ".." in str(name) or not all(c.isalnum() or c in "._-=,+" for c in str(name)) or os.sep in str(name):
-        raise ConfigError(f"run={name}: a run's name is a folder's name: use {allowed}, and no '..'")
+    if not re.fullmatch(r"[A-Za-z0-9_][\w.=,+-]*", str(name), re.ASCII) or ".." in str(name):
+        allowed = "letters, digits and . _ - = , + after a letter or digit, no '..'"
+        raise ConfigError(f"run={name}: a run's name is a folder's name, of {allowed}")
 
 
 def _keys(node: DictConfig | ListConfig, prefix: str = "") -> list[str]:

@@ -29,7 +29,11 @@ def prepare(overrides: Sequence[str] | None) -> None:
     check_run_name(given["run"])
     if given["run"] not in there:
         raise ConfigError(f"run={given['run']}: no such run; {choice}")
-    return _offer(OmegaConf.load(runs_dir / given["run"] / "config.yaml"))
+    path = runs_dir / given["run"] / "config.yaml"
+    try:
+        return _offer(OmegaConf.load(path))
+    except Exception as error:  # YAML and OmegaConf raise many kinds
+        raise ConfigError(f"{path} is damaged, restore it: {' '.join(str(error).split())[:200]}") from error
 
 
 def _offer(config: Any) -> None:
@@ -45,6 +49,8 @@ def check(cfg: DictConfig) -> None:
     """
     check_least(cfg, {"num_images": 1, "batch_size": 1, "seed": 0, "sampler.num_steps": 1, "guidance.scale": 0})
     check_choices(cfg, {"weights": ("ema", "model"), "accelerator": ("auto", "cpu", "gpu")})
+    if cfg.out is not None and Path(str(cfg.out)).suffix != ".png":
+        raise ConfigError(f"out={cfg.out}: the picture is a PNG; give a name that ends in .png")
 
 
 def tell_apart(cfg: DictConfig, suffix: str) -> None:
@@ -75,13 +81,17 @@ def main(cfg: DictConfig) -> int:
         if cfg.accelerator == "gpu" and device.type == "cpu":
             raise ValueError("accelerator=gpu, but torch sees none: choose accelerator=cpu")
         latent = parts.latent().to(device)
+        out = Path(cfg.out) if cfg.out else folder / "samples" / f"seed-{cfg.seed}.png"
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.open("ab").close()
+        except OSError as error:
+            raise ValueError(f"out={out} cannot be written: {error.strerror}") from error
     denoiser = parts.denoiser()
     denoiser.network.load_state_dict(checkpoint.load_weights(path, "model"))
     denoiser.network.load_state_dict(checkpoint.load_weights(path, cfg.weights), strict=False)
     pipeline = parts.pipeline(denoiser.to(device).eval(), latent)
     images = pipeline(asked, cfg.num_images, seed=cfg.seed, batch_size=cfg.batch_size)
-    out = Path(cfg.out) if cfg.out else folder / "samples" / f"seed-{cfg.seed}.png"
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(encode_png(grid(images, min(len(labels), 20, cfg.num_images))))
     print(f"{cfg.num_images} images of step {checkpoint.step_of(path)}: {out}")
     return 0

@@ -87,7 +87,7 @@ class DiT(nn.Module):
                 raise ValueError(f"model.{name}={value} must be at least 1")
         _check_divides("patch_size", patch_size, "input_size", input_size)
         _check_divides("num_heads", num_heads, "hidden_size", hidden_size)
-        if mlp_ratio <= 0:
+        if not 0 < mlp_ratio < 1000:
             raise ValueError(f"model.mlp_ratio={mlp_ratio} must be positive, like 4")
         if hidden_size % 4:
             raise ValueError(f"model.hidden_size={hidden_size} must be a multiple of 4, for the table of positions")

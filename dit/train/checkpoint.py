@@ -105,10 +105,12 @@ def verify(path: Path) -> str | None:
     """What is wrong with a checkpoint; None if it is what was saved."""
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
+        if not {"model.safetensors", "run.pt"} <= files.keys():
+            return f"{MANIFEST} lists too few files"
         for name, fingerprint in files.items():
             if _fingerprint(path / name) != fingerprint:
                 return f"{name} is not what was saved"
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return f"{error}"
     return None
 

@@ -105,7 +105,11 @@ class Run:
 
     def _check_same(self, resume_from: Path) -> None:
         """See to it that what goes on is the same run."""
-        before, now = _flat(OmegaConf.to_container(OmegaConf.load(self.folder / "config.yaml"))), _flat(self.resolved)
+        path = self.folder / "config.yaml"
+        try:
+            before, now = _flat(OmegaConf.to_container(OmegaConf.load(path))), _flat(self.resolved)
+        except Exception as error:  # YAML and OmegaConf raise many kinds
+            raise ValueError(f"{path} is damaged ({error}): restore it, or name this one run=<another name>") from error
         changed = [
             f"{key}={now[key]}, was {before[key]}"
             for key in sorted(before.keys() & now.keys())  # a key that only one version knows changes nothing
