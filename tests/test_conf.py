@@ -124,6 +124,7 @@ def test_a_missing_name_is_asked_for():
         (["trainer.micro_batch_size=100"], "choose one of [128, 64, 32, 16]"),
         (["data=webdataset", "data.path=/nowhere"], "/nowhere does not exist"),
         (["optimizer.betas=[2,3]"], "Invalid beta"),
+        (["runs_dir=/proc/runs"], "/proc/runs"),
     ],
 )
 def test_mistakes_end_with_exit_code_2_and_leave_nothing(tmp_path, overrides, message):

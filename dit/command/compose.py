@@ -40,10 +40,10 @@ class ConfigError(ValueError):
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """What objects reject as they are built is a mistake in the configuration."""
+    """What objects reject as they are built is a mistake in the configuration; so is a folder that cannot be used."""
     try:
         yield
-    except (ValueError, ImportError, TypeError, ZeroDivisionError) as error:
+    except (ValueError, ImportError, TypeError, ZeroDivisionError, OSError) as error:
         raise ConfigError(str(error)) from error
 
 
