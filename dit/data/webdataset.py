@@ -1,5 +1,6 @@
 """Images and classes streamed from tar shards by the webdataset package."""
 
+import functools
 import hashlib
 import itertools
 import random
@@ -81,6 +82,7 @@ class WebDataset:
         self.flip = flip
         self.shuffle_buffer = shuffle_buffer
         self.num_workers = num_workers
+        self._shards = functools.cache(index.read)  # shards are hashed once, not by everyone who asks
 
     def check(self) -> None:
         """Check the shards against their manifests; where they can be packed and are not there yet, nothing is done.
@@ -90,7 +92,7 @@ class WebDataset:
         """
         for folder in (self.path, self.held_out):
             if folder is not None and not (self.pack and not folder.exists()):
-                index.read(folder)
+                self._shards(folder)
 
     def prepare(self) -> None:
         """Pack the shards where they are missing and can be packed."""
@@ -99,7 +101,7 @@ class WebDataset:
 
     def fingerprint(self) -> str:
         """What tells these training shards from others."""
-        shards = "".join(shard.sha256 for shard in index.read(self.path))
+        shards = "".join(shard.sha256 for shard in self._shards(self.path))
         return hashlib.sha256(shards.encode()).hexdigest()[:16]
 
     def batches(self, batch_size: int, seed: int, first_step: int = 0) -> Generator[dict[str, Any], None, None]:
@@ -108,7 +110,7 @@ class WebDataset:
         Yields:
             `image`, uint8 (B, C, H, W); `label`, int64 (B,); `key`, a list of B names.
         """
-        shards = index.read(self.path)
+        shards = self._shards(self.path)
         workers = max(1, self.num_workers)
         epoch, offset = divmod(first_step * batch_size, sum(shard.samples for shard in shards))
         rounds, skip = _locate(_shares(shards, seed, epoch, workers), batch_size, offset)
@@ -124,7 +126,7 @@ class WebDataset:
 
     def read(self, folder: Path) -> tuple[Tensor, Tensor]:
         """All images, uint8 (N, C, H, W), and classes (N,) of a folder, in order, held in memory."""
-        samples = _samples([folder / shard.name for shard in index.read(folder)])
+        samples = _samples([folder / shard.name for shard in self._shards(folder)])
         batch = _collate([self.decode(sample) for sample in samples])
         return batch["image"], batch["label"]
 
