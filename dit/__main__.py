@@ -6,6 +6,8 @@ import sys
 VERBS = {
     "train": "train a model:               dit train experiment=digits",
     "sample": "draw images with a run:      dit sample run=digits labels=[0,1,2,3] guidance.scale=2",
+    "evaluate": "judge a run:                 dit evaluate run=digits metric=likelihood",
+    "schedule": "draw a noise schedule:       dit schedule experiment=digits noise=cosine out=schedule.png",
 }
 
 HELP = """dit trains diffusion transformers.

@@ -40,11 +40,14 @@ def test_every_experiment_composes_and_is_headed(experiment):
 
 @pytest.mark.parametrize("choice", sorted(GROUPS - {"model=dit", "trainer=base"}))
 def test_every_option_of_every_group_composes(choice):
-    compose("train", ["experiment=digits", choice, *(["data.path=x"] if choice == "data=webdataset" else [])])
+    more = {"data=webdataset": ["data.path=x"], "guidance=autoguidance": ["guidance.weak.run=x"]}
+    compose("train", ["experiment=digits", choice, *more.get(choice, [])])
 
 
 def test_the_canonical_recipe():
     cfg = compose("train", ["experiment=imagenet256_dit_xl_2", "data.path=x"])
+    assert (cfg.objective.bound_weight, cfg.model.learn_sigma, cfg.sampler.variance) == (1, True, "learned")
+    assert cfg.grid._target_.endswith("respaced") and cfg.sampler.num_steps == 250
     assert cfg.optimizer._target_ == "torch.optim.AdamW" and cfg.optimizer.lr == 1e-4
     assert (cfg.optimizer.weight_decay, list(cfg.optimizer.betas)) == (0, [0.9, 0.999])
     assert (cfg.ema.decay, cfg.trainer.batch_size, cfg.trainer.max_steps) == (0.9999, 256, 400_000)
@@ -93,7 +96,7 @@ WRONG = {
     "trainer.devices=2": "trainer.devices=2: choose one of 1",
     "trainer.precision=8": "choose one of 32-true",
     "trainer.micro_batch_size=foo": "trainer.micro_batch_size=foo must be a number",
-    "sampler.clip=foo": "sampler.clip=foo must be a number",
+    "guidance.clip=foo": "guidance.clip=foo must be a number",
     "optimizer.betas=5": "expected a list, like optimizer.betas=",
     "run=${nope}": "nope",
 }
@@ -121,6 +124,16 @@ def test_a_missing_name_is_asked_for():
         (["model.patch_size=3"], "patch_size=3 does not divide input_size=8: choose one of [1, 2, 4, 8]"),
         (["model.in_channels=4"], "model.in_channels=4 differs from latent.channels=1"),
         (["noise=flow", "prediction=eps"], "noise.t_max=0.999"),
+        (["noise.zero_terminal_snr=true"], "choose another prediction (v works everywhere)"),
+        (["noise=flow", "prediction=v", "grid=respaced"], "choose grid=evenly"),
+        (["objective.bound_weight=1"], "model.learn_sigma=true"),
+        (["objective.spread=even"], "choose one of independent, stratified, low_discrepancy"),
+        (["weight=min_snr", "weight.gamma=-1"], "weight.gamma=-1"),
+        (["condition.dropout=0", "guidance.scale=2"], "condition.dropout=0"),
+        (["condition=none", "guidance.scale=2"], "an unconditional model cannot be guided"),
+        (["guidance.interval=[0.9,0.1]"], "two rising times"),
+        (["sampler=ddpm", "sampler.variance=learned"], "model.learn_sigma=true"),
+        (["guidance=autoguidance", "guidance.weak.run=nope"], "run=nope: no such run"),
         (["trainer.micro_batch_size=100"], "choose one of [128, 64, 32, 16]"),
         (["data=webdataset", "data.path=/nowhere"], "/nowhere does not exist"),
         (["optimizer.betas=[2,3]"], "Invalid beta"),
@@ -159,11 +172,11 @@ def test_help_is_fast_and_names_the_verbs():
 def test_verbs_are_checked():
     assert dit()[0] == 2
     code, output, _ = dit("trian")
-    assert code == 2 and "there is no verb trian; choose one of train, sample" in output
+    assert code == 2 and "there is no verb trian; choose one of train, sample, evaluate" in output
     assert dit("--version")[0] == 0
 
 
-@pytest.mark.parametrize("verb", ["train", "sample"])
+@pytest.mark.parametrize("verb", ["train", "sample", "evaluate", "schedule"])
 def test_a_verbs_help_shows_examples_and_keys(verb):
     code, output, _ = dit(verb, "--help")
     assert code == 0 and f"dit {verb} " in output and "seed: 0" in output

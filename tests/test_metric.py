@@ -3,6 +3,7 @@ import torch
 
 from dit.metric.classifier import judge
 from dit.metric.frechet import frechet_distance
+from dit.metric.subject import Subject
 
 
 def test_frechet_distance_of_gaussians_is_the_closed_form():
@@ -41,7 +42,8 @@ def test_the_judge_tells_good_samples_from_bad_ones(digits_dir):
         return torch.stack([images[labels == label].float().mean(0).to(torch.uint8) for label in asked])
 
     good, mean, wrong = (
-        judge(f, train, held_out, num_images=1000) for f in (real, means, lambda y: real((y + 1) % 10))
+        judge(Subject(draw, None, None, (1, 8, 8)), train, held_out, num_images=1000)
+        for draw in (real, means, lambda y: real((y + 1) % 10))
     )
     assert good["judge_accuracy"] >= 0.97
     assert good["accuracy"] > 0.99 and 0.8 < good["diversity"] < 1.2 and good["frechet"] < good["frechet_floor"]

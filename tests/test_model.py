@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -10,6 +12,7 @@ from dit.noise.draw import Draw
 from dit.noise.prediction import eps
 from dit.noise.times import discrete
 from dit.noise.vp import linear
+from dit.noise.weight import mean_square
 from dit.objective.denoising import Denoising
 from dit.objective.objective import Batch
 
@@ -80,7 +83,9 @@ def test_output_is_exactly_zero_at_step_0_and_the_first_loss_about_one():
     label = torch.arange(64) % 10
     assert model(x, torch.arange(64.0), label).abs().max() == 0
     batch = Batch(x, {"label": label}, Draw(0, 0, range(8), 64))
-    [(name, loss)] = Denoising(discrete).phases(Denoiser(model, linear(), eps), batch, 0)
+    [(name, loss)] = Denoising(discrete, partial(mean_square, prediction=eps)).phases(
+        Denoiser(model, linear(), eps), batch, 0
+    )
     assert name == "denoiser"
     assert loss.item() == pytest.approx(1, abs=0.05)
 
@@ -119,6 +124,12 @@ def test_time_embedding_has_cosines_first():
     assert embedding[128].item() == pytest.approx(torch.tensor(999.0).sin().item(), abs=1e-4)
 
 
+def test_without_classes_it_is_unconditional():
+    model = DiT(**TINY, num_classes=0)
+    assert model(torch.randn(2, 3, 8, 8), torch.ones(2)).shape == (2, 3, 8, 8)
+    assert not any(name.startswith("y_embedder") for name in model.state_dict())
+
+
 def test_unpatchify_undoes_patches():
     model = DiT(**TINY, num_classes=10)
     image = torch.arange(3 * 8 * 8.0).view(1, 3, 8, 8)
@@ -131,7 +142,8 @@ def test_learned_variance_doubles_the_channels_and_the_denoiser_reads_the_first_
     x, label = torch.randn(2, 3, 8, 8), torch.zeros(2, dtype=torch.long)
     assert model(x, torch.ones(2), label).shape == (2, 6, 8, 8)
     denoiser = Denoiser(model, linear(), eps)
-    assert denoiser.output(x, torch.tensor(0.5), label=label).shape == x.shape
+    output = denoiser.output(x, torch.tensor(0.5), label=label)
+    assert output.f.shape == output.variance.shape == x.shape
 
 
 @pytest.mark.parametrize(

@@ -1,25 +1,50 @@
+import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from dit.command import sample
+from dit.command import evaluate, sample
 from dit.command.compose import ConfigError, compose
+from dit.data.image import encode_png
 from dit.train.run import Run
+
+VARIED = {
+    "plain": [],
+    "weaker": ["trainer.max_steps=1"],
+    "edm": ["noise=edm", "prediction=edm", "sampler.num_steps=3"],
+    "unconditional": ["condition=none", "noise=flow", "prediction=flow"],
+    "learned": ["model.learn_sigma=true", "objective.bound_weight=1", "sampler=ddpm", "sampler.variance=learned"],
+}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, digits_dir):
-    """Two tiny runs, one of them with EDM."""
+    """Tiny runs of several kinds."""
     folder = tmp_path_factory.mktemp("sample") / "runs"
-    for name, more in [("plain", []), ("edm", ["noise=edm", "prediction=edm", "sampler.num_steps=3"])]:
+    for name, more in VARIED.items():
         overrides = [
             *("experiment=digits", f"run={name}", f"runs_dir={folder}", f"data_dir={digits_dir}", "metric=none"),
             *("logger=none", "model.hidden_size=16", "model.depth=1", "model.num_heads=2", "trainer.max_steps=3"),
-            *("data.num_workers=0", *more),
+            *("data.num_workers=0", "sampler.num_steps=5", "learning_rate.warmup_steps=0", *more),
         ]
         run = Run(compose("train", overrides))
         assert run.fit() is None
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A picture, masks for it, and things that are none."""
+    folder = tmp_path_factory.mktemp("pictures")
+    pixels = torch.randint(0, 256, (1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    (folder / "image.png").write_bytes(encode_png(pixels))
+    mask = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    mask[:, :, 4:] = 255
+    (folder / "mask.png").write_bytes(encode_png(mask))
+    (folder / "wide.png").write_bytes(encode_png(mask.repeat(1, 1, 2)))
+    (folder / "text.png").write_text("no picture")
     return folder
 
 
@@ -33,7 +58,18 @@ def draw(runs, *overrides):
     return Path(cfg.out) if cfg.out else runs / cfg.run / "samples" / f"seed-{cfg.seed}.png"
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "euler"])
+def drawn(path, number, zoom=6):
+    """The pixels of the images of one row, (N, 8, 8)."""
+    with Image.open(path) as picture:
+        pixels = torch.tensor(list(picture.getdata())).reshape(picture.height, picture.width)
+    gap = 8 * zoom + max(1, 8 * zoom // 24)
+    return torch.stack([pixels[: 8 * zoom : zoom, i * gap : i * gap + 8 * zoom : zoom] for i in range(number)])
+
+
+SAMPLERS = ["ddim", "ddpm", "euler", "euler_ancestral", "heun", "dpmpp", "dpmpp_sde", "unipc"]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_same_command_writes_the_same_bytes(runs, sampler, tmp_path):
     command = ("run=plain", f"sampler={sampler}", "sampler.num_steps=5", "guidance.scale=2", "labels=[0,1,2,3]")
     first, second, other = (
@@ -60,6 +96,80 @@ def test_raw_and_averaged_weights_differ(runs, tmp_path):
     assert pictures[0] != pictures[1]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["guidance=autoguidance", "guidance.weak.run=weaker"],
+        ["guidance=autoguidance", "guidance.weak.run=plain", "guidance.weak.step=3", "guidance.weak.weights=ema"],
+        ["guidance.scale=3", "guidance.interval=[0.2,0.8]"],
+        ["guidance.scale=3", "guidance.rescale=0.7"],
+        ["guidance.scale=3", "guidance.clip=1"],
+        ["guidance.scale=3", "guidance.dynamic_clip=0.95"],
+        ["guidance=dit_parity", "guidance.channels=1", "guidance.scale=3"],
+        ["grid=quadratic"],
+        ["grid=karras"],
+        ["grid=log_snr"],
+        ["grid=respaced"],
+        ["grid=shifted"],
+    ],
+    ids=str,
+)
+def test_every_guidance_and_grid_draws_and_matters(runs, tmp_path, options):
+    plain = draw(runs, "run=plain", "weights=model", f"out={tmp_path}/plain.png").read_bytes()
+    assert draw(runs, "run=plain", "weights=model", *options, f"out={tmp_path}/a.png").read_bytes() != plain
+
+
+def test_an_unconditional_run_and_a_learned_variance_draw(runs, tmp_path):
+    assert draw(runs, "run=unconditional", "num_images=3", f"out={tmp_path}/u.png").exists()
+    with pytest.raises(ConfigError, match="this run is unconditional"):
+        draw(runs, "run=unconditional", "labels=[1]")
+    with pytest.raises(ConfigError, match="an unconditional model cannot be guided"):
+        draw(runs, "run=unconditional", "guidance.scale=2")
+    learned = draw(runs, "run=learned", f"out={tmp_path}/l.png").read_bytes()
+    assert learned != draw(runs, "run=learned", "sampler.variance=small", f"out={tmp_path}/s.png").read_bytes()
+
+
+def test_strength(runs, pictures, tmp_path):
+    """0 returns the picture, 1 forgets it."""
+    command = ("run=plain", "labels=[3]", "num_images=2", f"out={tmp_path}/a.png")
+    with Image.open(pictures / "image.png") as file:
+        image = torch.tensor(list(file.getdata())).reshape(8, 8)
+    edit = f"image={pictures}/image.png"
+    wide = ("labels=[3,3]",)
+    assert torch.equal(drawn(draw(runs, *command, *wide, edit, "strength=0"), 2), image.expand(2, 8, 8))
+    forgotten = draw(runs, *command, edit, "strength=1").read_bytes()
+    assert forgotten == draw(runs, *command).read_bytes()
+    assert draw(runs, *command, edit).read_bytes() != forgotten
+
+
+@pytest.mark.parametrize("more", [[], ["resample=3"], ["sampler=dpmpp"], ["sampler=ddpm", "strength=0.7"]], ids=str)
+def test_inpainting_keeps_the_known_pixels_exactly(runs, pictures, tmp_path, more):
+    with Image.open(pictures / "image.png") as file:
+        image = torch.tensor(list(file.getdata())).reshape(8, 8)
+    edit = (f"image={pictures}/image.png", f"mask={pictures}/mask.png", "sampler.num_steps=5", "labels=[1,2]")
+    images = drawn(draw(runs, "run=plain", "num_images=2", f"out={tmp_path}/a.png", *edit, *more), 2)
+    assert torch.equal(images[:, :, :4], image[:, :4].expand(2, 8, 4))
+    assert not torch.equal(images[0, :, 4:], image[:, 4:]) and not torch.equal(images[0], images[1])
+
+
+def test_outpainting_draws_the_margins(runs, pictures, tmp_path):
+    command = ("run=plain", "num_images=2", "labels=[1,2]", f"out={tmp_path}/a.png")
+    images = drawn(draw(runs, *command, f"image={pictures}/image.png", "outpaint=[2,2,2,2]"), 2)
+    assert torch.equal(images[0, 2:6, 2:6], images[1, 2:6, 2:6]) and not torch.equal(images[0], images[1])
+    assert images[0, 2:6, 2:6].float().std() > 0
+
+
+def test_variation_and_interpolation_begin_at_the_seeds_first_image(runs, tmp_path):
+    command = ("run=plain", "num_images=4", "labels=[1,1,1,1]", f"out={tmp_path}/a.png", "weights=model")
+    plain, other = (drawn(draw(runs, *command, f"seed={seed}"), 1) for seed in (0, 5))
+    between = drawn(draw(runs, *command, "interpolate_to=5"), 4)
+    assert (between[0] - plain[0]).abs().max() <= 1 and (between[3] - other[0]).abs().max() <= 1
+    near, far = (drawn(draw(runs, *command, f"variation={share}"), 4).float() for share in (0.1, 0.9))
+    assert (near - plain[0]).abs().mean() < (far - plain[0]).abs().mean()
+    assert not torch.equal(near[0], near[1])
+    assert (drawn(draw(runs, *command, "variation=0"), 4) - plain[0]).abs().max() <= 1
+
+
 @pytest.mark.parametrize("text", ["{{{", "a: 1", "\x89"])
 def test_a_damaged_configuration_is_named(tmp_path, text):
     (tmp_path / "broken").mkdir()
@@ -72,7 +182,7 @@ def test_a_damaged_configuration_is_named(tmp_path, text):
     ("overrides", "message"),
     [
         ([], "whose weights"),
-        (["run=nope"], "no such run; runs in .*: edm, plain"),
+        (["run=nope"], "no such run; runs in .*: edm, learned, plain"),
         (["run=plain", "labels=[10]"], "give whole numbers from 0 to 9"),
         (["run=plain", "labels=[]"], "give whole numbers"),
         (["run=plain", "labels=cat"], "give whole numbers"),
@@ -84,8 +194,57 @@ def test_a_damaged_configuration_is_named(tmp_path, text):
         (["run=plain", "sampler.eta=2"], "eta=2"),
         (["run=plain", "out=config.yaml"], r"out=config\.yaml: the picture is a PNG"),
         (["run=plain", "out=/proc/x.png"], r"out=/proc/x\.png cannot be written"),
+        (["run=plain", "strength=0.5"], "give image=<path>"),
+        (["run=plain", "image=/nowhere.png"], r"image=/nowhere\.png cannot be read"),
+        (["run=plain", "image=PICTURES/text.png"], r"text\.png cannot be read"),
+        (["run=plain", "image=PICTURES/image.png", "strength=1.5"], r"strength=1\.5"),
+        (["run=plain", "image=PICTURES/image.png", "strength=-1"], "strength=-1"),
+        (["run=plain", "image=PICTURES/image.png", "strength=half"], "strength=half must be a number"),
+        (
+            ["run=plain", "image=PICTURES/image.png", "mask=PICTURES/wide.png"],
+            r"has \(16, 8\) pixels, but .* has \(8, 8\)",
+        ),
+        (["run=plain", "image=PICTURES/image.png", "outpaint=[1,2]"], "four margins"),
+        (["run=plain", "image=PICTURES/image.png", "outpaint=[4,0,4,0]"], "leave room"),
+        (["run=plain", "image=PICTURES/image.png", "outpaint=3"], "four margins"),
+        (["run=plain", "image=PICTURES/image.png", "resample=2"], "resample=2 is for mask"),
+        (["run=plain", "image=PICTURES/image.png", "mask=PICTURES/mask.png", "outpaint=[1,1,1,1]"], "not both"),
+        (["run=plain", "variation=2"], r"variation=2 must lie in"),
+        (["run=plain", "variation=0.1", "interpolate_to=2"], "not both"),
+        (["run=plain", "guidance=autoguidance", "guidance.weak.run=edm"], "another schedule"),
+        (
+            ["run=plain", "guidance=autoguidance", "guidance.weak.run=weaker", "guidance.weak.step=9"],
+            "no checkpoint of step 9",
+        ),
+        (["run=plain", "guidance=autoguidance"], r"guidance\.weak\.run is not set"),
+        (["run=edm", "grid=respaced"], "choose grid=evenly"),
     ],
 )
-def test_mistakes_are_answered(runs, overrides, message):
+def test_mistakes_are_answered(runs, pictures, overrides, message):
     with pytest.raises(ConfigError, match=message):
-        draw(runs, *overrides)
+        draw(runs, *(override.replace("PICTURES", str(pictures)) for override in overrides))
+
+
+def judged(runs, *overrides):
+    """What `dit evaluate` writes."""
+    overrides = [f"runs_dir={runs}", "accelerator=cpu", *overrides]
+    evaluate.prepare(overrides)
+    cfg = compose("evaluate", overrides)
+    evaluate.check(cfg)
+    assert evaluate.main(cfg) == 0
+    return json.loads((runs / cfg.run / "evaluation.json").read_text())
+
+
+@pytest.mark.parametrize("run", ["plain", "edm", "unconditional", "learned"])
+def test_likelihood_of_a_run(runs, run):
+    figures = judged(
+        runs, f"run={run}", "metric=likelihood", "metric.num_steps=10", "metric.num_bound_steps=20", "num_images=30"
+    )
+    assert 0 < figures["bits_per_dim"] < 100 and 0 < figures["bits_per_dim_bound"] < 1e5
+    assert figures["bits_per_dim_error"] > 0 and figures["step"] == 3
+    assert figures["asked"]["metric"]["num_steps"] == 10
+
+
+def test_a_run_without_a_metric_asks_for_one(runs):
+    with pytest.raises(ConfigError, match="run=plain has no metric of its own: choose one"):
+        judged(runs, "run=plain")

@@ -1,44 +1,20 @@
-"""dit sample: draw images with the weights of a run."""
+"""dit sample: draw images with the weights of a run, or edit a picture."""
 
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig
 
-from dit.command.compose import ConfigError, check_choices, check_least, check_run_name, user_errors
+from dit.command.compose import ConfigError, check_choices, check_least, user_errors
+from dit.command.existing import Loaded, load, offer
 
-AS_THE_RUN_HAD_IT = ("sampler", "grid", "guidance")
+if TYPE_CHECKING:
+    from torch import Tensor
 
+    from dit.sampler.pipeline import Pipeline
 
-def prepare(overrides: Sequence[str] | None) -> None:
-    """Make what the run had the option `run` of the groups that may be chosen anew.
-
-    Raises:
-        ConfigError: if no run is named, or there is none of the name.
-    """
-    if overrides is None:
-        return _offer({group: {} for group in AS_THE_RUN_HAD_IT})
-    given = dict(override.split("=", 1) for override in overrides if "=" in override)
-    runs_dir = Path(given.get("runs_dir", "runs"))
-    there = sorted(path.parent.name for path in runs_dir.glob("*/config.yaml"))
-    choice = f"runs in {runs_dir}: {', '.join(there)}" if there else f"there is none yet in {runs_dir}"
-    if "run" not in given:
-        raise ConfigError(f"whose weights? give run=<name>; {choice}")
-    check_run_name(given["run"])
-    if given["run"] not in there:
-        raise ConfigError(f"run={given['run']}: no such run; {choice}")
-    path = runs_dir / given["run"] / "config.yaml"
-    try:
-        return _offer(OmegaConf.load(path))
-    except Exception as error:  # YAML and OmegaConf raise many kinds
-        raise ConfigError(f"{path} is damaged, restore it: {' '.join(str(error).split())[:200]}") from error
-
-
-def _offer(config: Any) -> None:
-    for group in AS_THE_RUN_HAD_IT:
-        ConfigStore.instance().store(group=group, name="run", node=config[group])
+prepare = offer
 
 
 def check(cfg: DictConfig) -> None:
@@ -47,10 +23,23 @@ def check(cfg: DictConfig) -> None:
     Raises:
         ConfigError: naming the value and the way out.
     """
-    check_least(cfg, {"num_images": 1, "batch_size": 1, "seed": 0, "sampler.num_steps": 1, "guidance.scale": 0})
+    least = {"num_images": 1, "batch_size": 1, "seed": 0, "sampler.num_steps": 1, "guidance.scale": 0}
+    check_least(cfg, {**least, "resample": 1, "strength": 0, "variation": 0, "interpolate_to": 0})
     check_choices(cfg, {"weights": ("ema", "model"), "accelerator": ("auto", "cpu", "gpu")})
     if cfg.out is not None and Path(str(cfg.out)).suffix != ".png":
         raise ConfigError(f"out={cfg.out}: the picture is a PNG; give a name that ends in .png")
+    for key in ("strength", "variation"):
+        if cfg[key] is not None and cfg[key] > 1:
+            raise ConfigError(f"{key}={cfg[key]} must lie in [0, 1]")
+    for key in ("mask", "outpaint", "strength"):
+        if cfg[key] is not None and cfg.image is None:
+            raise ConfigError(f"{key}={cfg[key]} is about a picture: give image=<path>")
+    if cfg.mask is not None and cfg.outpaint is not None:
+        raise ConfigError("give mask=<path> or outpaint=[left,top,right,bottom], not both")
+    if cfg.resample > 1 and cfg.mask is None and cfg.outpaint is None:
+        raise ConfigError(f"resample={cfg.resample} is for mask=<path> and outpaint=[left,top,right,bottom]")
+    if cfg.variation is not None and cfg.interpolate_to is not None:
+        raise ConfigError("give variation=<share> or interpolate_to=<seed>, not both")
 
 
 def tell_apart(cfg: DictConfig, suffix: str) -> None:
@@ -61,47 +50,107 @@ def tell_apart(cfg: DictConfig, suffix: str) -> None:
 
 def main(cfg: DictConfig) -> int:
     """Draw, write one picture, and say where it is; the exit code."""
-    import torch
-
     from dit.data.image import encode_png, grid
-    from dit.train import checkpoint
-    from dit.train.build import Parts
+    from dit.train.checkpoint import step_of
 
-    folder = Path(cfg.runs_dir) / cfg.run
-    trained: Any = OmegaConf.load(folder / "config.yaml")
     with user_errors():
-        parts = Parts(OmegaConf.create({**trained, **{group: cfg[group] for group in AS_THE_RUN_HAD_IT}}))
-        path = checkpoint.newest(folder / "checkpoints")
-        if path is None:
-            raise ValueError(f"{folder} has no checkpoint yet: train it first, with dit train run={cfg.run} ...")
-        labels = _labels(cfg.labels, trained.condition.num_classes)
-        asked: dict[str, Any] = {"label": [labels[i % len(labels)] for i in range(cfg.num_images)]}
-        parts.condition(asked)
-        device = torch.device("cuda" if cfg.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
-        if cfg.accelerator == "gpu" and device.type == "cpu":
-            raise ValueError("accelerator=gpu, but torch sees none: choose accelerator=cpu")
-        latent = parts.latent().to(device)
-        out = Path(cfg.out) if cfg.out else folder / "samples" / f"seed-{cfg.seed}.png"
+        run = load(cfg)
+        num_classes = run.parts.cfg.condition.num_classes
+        labels = _labels(cfg.labels, num_classes)
+        asked = {"label": [labels[i % len(labels)] for i in range(cfg.num_images)]} if num_classes else {}
+        run.parts.condition(asked)
+        pipeline = run.parts.pipeline(run.denoiser, run.latent)
+        keep = _edit(cfg, run, pipeline)
+        out = Path(cfg.out) if cfg.out else Path(cfg.runs_dir) / cfg.run / "samples" / f"seed-{cfg.seed}.png"
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             out.open("ab").close()
         except OSError as error:
             raise ValueError(f"out={out} cannot be written: {error.strerror}") from error
-    denoiser = parts.denoiser()
-    denoiser.network.load_state_dict(checkpoint.load_weights(path, "model"))
-    denoiser.network.load_state_dict(checkpoint.load_weights(path, cfg.weights), strict=False)
-    pipeline = parts.pipeline(denoiser.to(device).eval(), latent)
-    images = pipeline(asked, cfg.num_images, seed=cfg.seed, batch_size=cfg.batch_size)
+    draw = partial(pipeline, asked, cfg.num_images, seed=cfg.seed, batch_size=cfg.batch_size)
+    images = keep(draw(noise=_noise(cfg, pipeline)))
     out.write_bytes(encode_png(grid(images, min(len(labels), 20, cfg.num_images))))
-    print(f"{cfg.num_images} images of step {checkpoint.step_of(path)}: {out}")
+    print(f"{cfg.num_images} images of step {step_of(run.checkpoint)}: {out}")
     return 0
 
 
 def _labels(labels: Any, num_classes: int) -> list[int]:
     """The classes to draw, in turn."""
+    if num_classes == 0:
+        if labels is not None:
+            raise ValueError(f"labels={labels}: this run is unconditional; leave them out")
+        return list(range(10))  # columns
     if labels is None:
         return list(range(min(num_classes, 10)))
     labels = [labels] if isinstance(labels, int) else list(labels)
     if not labels or not all(isinstance(label, int) and 0 <= label < num_classes for label in labels):
         raise ValueError(f"labels={labels}: give whole numbers from 0 to {num_classes - 1}, like labels=[0,1]")
     return labels
+
+
+def _edit(cfg: DictConfig, run: Loaded, pipeline: "Pipeline") -> Any:
+    """Let the pipeline edit a picture, if there is one; what keeps its pixels in the images drawn."""
+    import torch
+
+    from dit.sampler.editing import edited, shrunk
+
+    if cfg.image is None:
+        return lambda images: images
+    pixels, mask = _picture(cfg, run.parts.cfg.data.image_size, run.parts.cfg.data.channels)
+    strength = cfg.strength if cfg.strength is not None else 0.6 if mask is None else 1.0
+    generator = torch.Generator(run.device).manual_seed(cfg.seed)
+    x0 = run.latent.encode(pixels[None].to(run.device).float() / 127.5 - 1, generator)[0]
+    cells = None if mask is None else shrunk(mask, x0.shape[-1]).to(run.device)
+    pipeline.sampler = edited(pipeline.sampler, x0, strength=strength, mask=cells, resample=cfg.resample)
+    return lambda images: images if mask is None else torch.where(mask, images, pixels)
+
+
+def _picture(cfg: DictConfig, size: int, channels: int) -> "tuple[Tensor, Tensor | None]":
+    """The pixels (C, H, W) to edit, and where to redraw them (H, W), None: everywhere."""
+    from PIL import Image
+
+    from dit.data.image import decode, decode_mask, outpainted
+
+    def read(key: str) -> bytes:
+        try:
+            with Image.open(cfg[key]) as file:
+                sizes.append(file.size)
+                file.load()
+            return Path(cfg[key]).read_bytes()
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{key}={cfg[key]} cannot be read as an image: {error}") from error
+
+    sizes: list[tuple[int, int]] = []
+    image = read("image")
+    if cfg.outpaint is not None:
+        margins: Any = list(cfg.outpaint) if isinstance(cfg.outpaint, ListConfig) else cfg.outpaint
+        whole = isinstance(margins, list) and len(margins) == 4 and all(isinstance(m, int) and m >= 0 for m in margins)
+        if not whole or not sum(margins) > 0 or margins[0] + margins[2] >= size or margins[1] + margins[3] >= size:
+            raise ValueError(
+                f"outpaint={margins}: give four margins in pixels, [left,top,right,bottom], that leave room for the "
+                f"picture in {size} x {size}, like outpaint=[{size // 4},0,{size // 4},0]"
+            )
+        return outpainted(image, size, channels, margins)
+    if cfg.mask is None:
+        return decode(image, size, channels), None
+    mask = read("mask")
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"mask={cfg.mask} has {sizes[1]} pixels, but image={cfg.image} has {sizes[0]}: they must agree"
+        )
+    return decode(image, size, channels), decode_mask(mask, size)
+
+
+def _noise(cfg: DictConfig, pipeline: "Pipeline") -> "Tensor | None":
+    """The noise to begin with, (N, C, H, W); None: that of the seed."""
+    import torch
+
+    from dit.sampler.editing import mixed
+
+    n = cfg.num_images
+    first = pipeline.noise(cfg.seed, 1)
+    if cfg.interpolate_to is not None:
+        return mixed(first, pipeline.noise(cfg.interpolate_to, 1), torch.linspace(0, 1, n).reshape(n, 1, 1, 1))
+    if cfg.variation is not None:
+        return mixed(first, pipeline.noise(cfg.seed, n + 1)[1:], float(cfg.variation))
+    return None

@@ -23,7 +23,7 @@ LEAST: dict[str, float] = {
     "evaluation.batch_size": 1,
     "seed": 0,
 }
-POSITIVE = ("optimizer.lr", "trainer.max_grad_norm", "sampler.clip")
+POSITIVE = ("optimizer.lr", "trainer.max_grad_norm", "objective.max_weight", "guidance.clip")
 CHOICES: dict[str, Sequence[Any]] = {
     "resume": ("auto", "never"),
     "trainer.accelerator": ("auto", "cpu", "gpu"),

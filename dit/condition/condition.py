@@ -16,7 +16,11 @@ class Condition(ABC):
 
     @abstractmethod
     def null(self, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`cond` of the same shapes that says nothing: the other half of guidance."""
+        """`cond` of the same shapes that says nothing: the other half of guidance.
+
+        Raises:
+            ValueError: if there is no such thing; asked of an empty `cond`, too, so that it is known beforehand.
+        """
 
     @abstractmethod
     def drop(self, cond: Mapping[str, Tensor], u: Tensor) -> dict[str, Tensor]:

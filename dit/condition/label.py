@@ -42,8 +42,17 @@ class Label(Condition):
         return {"label": label.long()}
 
     def null(self, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """No class for anyone."""
-        return {"label": torch.full_like(cond["label"], self.num_classes)}
+        """No class for anyone.
+
+        Raises:
+            ValueError: if the network never learns what that means.
+        """
+        if self.dropout == 0:
+            raise ValueError(
+                "condition.dropout=0: what the network says without a class is not learned, so that it cannot guide; "
+                "take guidance.scale=1, or train with condition.dropout=0.1"
+            )
+        return {name: torch.full_like(label, self.num_classes) for name, label in cond.items()}
 
     def drop(self, cond: Mapping[str, Tensor], u: Tensor) -> dict[str, Tensor]:
         """No class where u < dropout."""

@@ -2,10 +2,11 @@
 
 import io
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 
@@ -14,6 +15,29 @@ def decode(data: bytes, size: int, channels: int) -> Tensor:
     with Image.open(io.BytesIO(data)) as file:
         image = centre_crop(file.convert({1: "L", 3: "RGB"}[channels]), size)
     return torch.from_numpy(np.array(image).reshape(size, size, channels).transpose(2, 0, 1).copy())
+
+
+def decode_mask(data: bytes, size: int) -> Tensor:
+    """Where an image file, cropped like any other, is white: bool (size, size)."""
+    return decode(data, size, 1)[0] >= 128
+
+
+def outpainted(data: bytes, size: int, channels: int, margins: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """An image file fitted between margins (left, top, right, bottom) that are to be drawn, in pixels.
+
+    Returns:
+        uint8 (channels, size, size), grey in the margins, and bool (size, size), true there.
+    """
+    left, top, right, bottom = margins
+    width, height = size - left - right, size - top - bottom
+    with Image.open(io.BytesIO(data)) as file:
+        inner = ImageOps.fit(file.convert({1: "L", 3: "RGB"}[channels]), (width, height), Image.Resampling.BICUBIC)
+    pixels = torch.full((channels, size, size), 128, dtype=torch.uint8)
+    mask = torch.ones(size, size, dtype=torch.bool)
+    inside = torch.from_numpy(np.array(inner).reshape(height, width, channels).transpose(2, 0, 1).copy())
+    pixels[:, top : top + height, left : left + width] = inside
+    mask[top : top + height, left : left + width] = False
+    return pixels, mask
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:

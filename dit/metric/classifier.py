@@ -1,12 +1,11 @@
 """A small classifier, trained on the real data, as the judge of generated images."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit.metric.frechet import frechet_distance
+from dit.metric.subject import Subject
 
 
 class Classifier(nn.Module):
@@ -54,7 +53,7 @@ def train_classifier(
 
 @torch.no_grad()
 def judge(
-    sample: Callable[[Tensor], Tensor],
+    subject: Subject,
     train: tuple[Tensor, Tensor],
     held_out: tuple[Tensor, Tensor],
     *,
@@ -64,7 +63,7 @@ def judge(
     """Quality of class-conditional samples, judged by a classifier trained on the training images with its own seed.
 
     Args:
-        sample: labels (N,) -> uint8 images (N, C, H, W).
+        subject: the model.
         train: uint8 images and labels for training the judge and as the reference.
         held_out: the same, of images that were kept from training.
         num_images: how many samples to judge, the classes in turn.
@@ -85,7 +84,7 @@ def judge(
     with torch.enable_grad():
         classifier = train_classifier(images, labels, num_classes, seed=seed)
     asked = torch.arange(num_images) % num_classes
-    drawn = sample(asked)
+    drawn = subject.draw(asked)
     noise = torch.randint(0, 256, drawn.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
     reference = classifier.features(to_float(images))

@@ -58,7 +58,7 @@ class DiT(nn.Module):
         depth: number of blocks.
         num_heads: attention heads.
         mlp_ratio: the MLP's width over D.
-        num_classes: number of classes; the label num_classes means none.
+        num_classes: number of classes; the label num_classes means none. 0: an unconditional network.
         learn_sigma: output 2C channels, the second half for a learned variance.
 
     Raises:
@@ -81,10 +81,12 @@ class DiT(nn.Module):
     ):
         super().__init__()
         sizes = {"input_size": input_size, "in_channels": in_channels, "patch_size": patch_size, "depth": depth}
-        sizes |= {"hidden_size": hidden_size, "num_heads": num_heads, "num_classes": num_classes}
+        sizes |= {"hidden_size": hidden_size, "num_heads": num_heads}
         for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"model.{name}={value} must be at least 1")
+        if num_classes < 0:
+            raise ValueError(f"model.num_classes={num_classes} must not be negative")
         _check_divides("patch_size", patch_size, "input_size", input_size)
         _check_divides("num_heads", num_heads, "hidden_size", hidden_size)
         if not 0 < mlp_ratio < 1000:
@@ -92,12 +94,13 @@ class DiT(nn.Module):
         if hidden_size % 4:
             raise ValueError(f"model.hidden_size={hidden_size} must be a multiple of 4, for the table of positions")
         self.patch_size = patch_size
+        self.learn_sigma = learn_sigma
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         side = input_size // patch_size
 
         self.x_embedder = PatchEmbed(in_channels, hidden_size, patch_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size) if num_classes else None
         self.pos_embed = nn.Parameter(torch.empty(1, side**2, hidden_size), requires_grad=False)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
@@ -123,13 +126,15 @@ class DiT(nn.Module):
             _, tokens, width = self.pos_embed.shape
             self.pos_embed.copy_(sincos_positions(width, round(tokens**0.5)))
 
-    def forward(self, x: Tensor, time: Tensor, label: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
         """X (B, C, H, W), time (B,), label (B,) in 0..num_classes -> (B, C or 2C, H, W)."""
-        x = self.x_embedder(x) + self.pos_embed                # (B, N, D)
-        c = self.t_embedder(time) + self.y_embedder(label)     # (B, D)
+        x = self.x_embedder(x) + self.pos_embed  # (B, N, D)
+        c = self.t_embedder(time)  # (B, D)
+        if self.y_embedder is not None:
+            c = c + self.y_embedder(label)  # (B, D)
         for block in self.blocks:
-            x = block(x, c)                                    # (B, N, D)
-        return self.unpatchify(self.final_layer(x, c))         # (B, C or 2C, H, W)
+            x = block(x, c)  # (B, N, D)
+        return self.unpatchify(self.final_layer(x, c))  # (B, C or 2C, H, W)
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """(B, N, p p C) -> (B, C, H, W)."""

@@ -1,10 +1,19 @@
 """A network given its meaning: noisy x_t in, an estimate of (x0, eps) out."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
-from dit.noise.prediction import Estimate, Prediction, solve
+from dit.noise.prediction import Estimate, Prediction, determinant, solve
 from dit.noise.schedule import Schedule
+
+
+class Output(NamedTuple):
+    """What the network says."""
+
+    f: Tensor  # F, (B, C, H, W)
+    variance: Tensor | None  # as in Estimate
 
 
 class Denoiser(nn.Module):
@@ -26,33 +35,36 @@ class Denoiser(nn.Module):
         self.schedule = schedule
         self.prediction = prediction
         t = torch.tensor(schedule.t_max, dtype=torch.float64)
-        (alpha, sigma), (a, b) = schedule(t), prediction(schedule, t)
-        if abs(alpha * b - sigma * a) < 1e-12:
+        (a, b), (alpha, sigma) = coefficients, level = prediction(schedule, t), schedule(t)
+        if abs(determinant(coefficients, level)) < 1e-12:
             raise ValueError(
                 f"the prediction F = {a:g} x0 + {b:g} eps cannot be solved for x0 at t={schedule.t_max:g}, where "
                 f"alpha={alpha:g}, sigma={sigma:g}: choose another prediction (v works everywhere), or let sampling "
-                "begin a little earlier, as with noise.t_max=0.999"
+                f"begin a little earlier, with noise.t_max={0.999 * schedule.t_max:.4g} where the schedule has it"
             )
 
-    def output(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
-        """F, the network's output (B, C, H, W), which objectives regress; t is (B,) or ()."""
+    def output(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Output:
+        """The network's output; objectives regress its F. t is (B,) or ()."""
         batch, channels = x_t.shape[:2]
         scale = self.schedule.input_scale(t).to(x_t)
         time = self.schedule.time_input(t).to(x_t).expand(batch)
-        f: Tensor = self.network(expand_like(scale, x_t) * x_t, time, **cond)
-        return f[:, :channels].to(x_t.dtype)
+        f: Tensor = self.network(expand_like(scale, x_t) * x_t, time, **cond).to(x_t.dtype)
+        return Output(f[:, :channels], f[:, channels:] if f.shape[1] == 2 * channels else None)
+
+    def estimate(self, output: Output, x_t: Tensor, t: Tensor) -> Estimate:
+        """What an output at x_t says of (x0, eps)."""
+        coefficients, level = self.prediction(self.schedule, t), self.schedule(t)
+        x0, eps, _ = solve(
+            type(coefficients)(*(expand_like(c, x_t) for c in coefficients)),
+            type(level)(*(expand_like(c, x_t) for c in level)),
+            output.f,
+            x_t,
+        )
+        return Estimate(x0, eps, output.variance)
 
     def forward(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Estimate:
         """The estimate of (x0, eps), which samplers read; t is (B,) or ()."""
-        f = self.output(x_t, t, **cond)
-        coefficients = self.prediction(self.schedule, t)
-        level = self.schedule(t)
-        return solve(
-            type(coefficients)(*(expand_like(c, x_t) for c in coefficients)),
-            type(level)(*(expand_like(c, x_t) for c in level)),
-            f,
-            x_t,
-        )
+        return self.estimate(self.output(x_t, t, **cond), x_t, t)
 
 
 def expand_like(t: Tensor, x: Tensor) -> Tensor:

@@ -31,6 +31,10 @@ class EDM(Schedule):
         """(0, 1)."""
         return NoiseLevel(torch.zeros_like(t), torch.ones_like(t))
 
+    def time_of(self, log_snr: Tensor) -> Tensor:
+        """exp(-log_snr / 2)."""
+        return (-log_snr / 2).exp().clamp(max=self.t_max)
+
     def input_scale(self, t: Tensor) -> Tensor:
         """c_in = 1 / sqrt(sigma^2 + sigma_data^2)."""
         return (t**2 + self.sigma_data**2).rsqrt()

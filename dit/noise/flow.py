@@ -19,7 +19,7 @@ class Flow(Schedule):
 
     def __init__(self, t_max: float = 1.0):
         if not 0 < t_max <= 1:
-            raise ValueError(f"t_max={t_max} must lie in (0, 1]")
+            raise ValueError(f"noise.t_max={t_max} must lie in (0, 1]")
         self.t_max = t_max
 
     def __call__(self, t: Tensor) -> NoiseLevel:
@@ -29,3 +29,11 @@ class Flow(Schedule):
     def rate(self, t: Tensor) -> NoiseLevel:
         """(-1, 1)."""
         return NoiseLevel(-torch.ones_like(t), torch.ones_like(t))
+
+    def time_of(self, log_snr: Tensor) -> Tensor:
+        """sigmoid(-log_snr / 2)."""
+        return (-log_snr / 2).sigmoid().clamp(max=self.t_max)
+
+    def straight(self, t: Tensor) -> Tensor:
+        """1: the path is straight as it is."""
+        return torch.ones_like(t)

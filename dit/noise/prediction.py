@@ -17,10 +17,15 @@ class Coefficients(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """The denoiser's answer, each (B, C, H, W)."""
+    """The denoiser's answer, each (B, C, H, W).
+
+    `variance`, where it was learned, is -1 for the least and 1 for the greatest variance of an ancestral step
+    (`noise/bound.py`).
+    """
 
     x0: Tensor
     eps: Tensor
+    variance: Tensor | None = None
 
 
 Prediction = Callable[[Schedule, Tensor], Coefficients]
@@ -59,8 +64,13 @@ def edm(schedule: Schedule, t: Tensor) -> Coefficients:
     return Coefficients(sigma / (s * r), -alpha * s / r)
 
 
+def determinant(coefficients: Coefficients, level: NoiseLevel) -> Tensor:
+    """Det = alpha b - sigma a: an error dF of the output is an error -sigma dF / det of x0."""
+    return level.alpha * coefficients.b - level.sigma * coefficients.a
+
+
 def solve(coefficients: Coefficients, level: NoiseLevel, f: Tensor, x_t: Tensor) -> Estimate:
     """Invert x_t = alpha x0 + sigma eps, F = a x0 + b eps; coefficients and level must broadcast with f and x_t."""
     (a, b), (alpha, sigma) = coefficients, level
-    det = alpha * b - sigma * a
+    det = determinant(coefficients, level)
     return Estimate((b * x_t - sigma * f) / det, (alpha * f - a * x_t) / det)

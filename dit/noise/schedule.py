@@ -41,6 +41,25 @@ class Schedule(ABC):
         alpha, sigma = self(t)
         return 2 * (alpha.log() - sigma.log())
 
+    def time_of(self, log_snr: Tensor) -> Tensor:
+        """The time at which `log_snr` has a value, at most t_max; by bisection, unless there is a closed form."""
+        early, late = torch.zeros_like(log_snr), torch.full_like(log_snr, self.t_max)
+        for _ in range(60 if log_snr.dtype == torch.float64 else 30):
+            middle = (early + late) / 2
+            too_late = self.log_snr(middle) < log_snr
+            early, late = torch.where(too_late, early, middle), torch.where(too_late, middle, late)
+        return late
+
+    def straight(self, t: Tensor) -> Tensor:
+        """The c for which x_t / c moves on a straight line between any two times, whatever the schedule.
+
+        c = alpha, as x_t / alpha = x0 + (sigma / alpha) eps, EDM's coordinates; or alpha + sigma, those of flow, where
+        alpha comes so near to 0 that the first step in sigma / alpha would be all there is.
+        """
+        alpha, sigma = self(t)
+        ends_in_noise = self(torch.tensor(self.t_max, dtype=torch.float64)).alpha < 1e-3
+        return alpha + sigma if ends_in_noise else alpha
+
     def input_scale(self, t: Tensor) -> Tensor:
         """c_in, by which x_t is multiplied before the network sees it."""
         return torch.ones_like(t)

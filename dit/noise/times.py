@@ -1,9 +1,10 @@
-"""Which t: drawn for training from uniform numbers u in [0, 1), and laid out for sampling.
+"""Which t to train on: densities.
 
-A density is `f(schedule, u) -> t`, both (B,), through its inverse distribution function, so that keyed, stratified and
-low-discrepancy numbers serve every density. A grid is `f(schedule, num_steps) -> times`, (N + 1,), decreasing from
-t_max to 0, float64, on the CPU.
+A density is `f(schedule, u) -> t`, both (B,), u uniform in [0, 1), through its inverse distribution function, so that
+keyed, stratified and low-discrepancy numbers (`noise/draw.py`) serve every density.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -11,54 +12,81 @@ from torch import Tensor
 from dit.noise.schedule import Schedule
 
 
-def uniform(schedule: Schedule, u: Tensor) -> Tensor:
-    """Density: t uniform in (0, t_max]."""
-    return (1 - u) * schedule.t_max
+def uniform(schedule: Schedule, u: Tensor, *, shift: float = 1.0) -> Tensor:
+    """T uniform in (0, t_max], then shifted."""
+    return schedule.t_max * shifted(1 - u, shift)
 
 
 def discrete(schedule: Schedule, u: Tensor) -> Tensor:
-    """Density: one of the times k / N, k = 1..N, of a schedule with N discrete steps, as DDPM draws them."""
-    num_steps = getattr(schedule, "num_steps", None)
-    if num_steps is None:
-        raise ValueError(
-            f"times=discrete needs a schedule with steps, not {type(schedule).__name__}: choose times=uniform"
-        )
+    """One of the times k / N, k = 1..N, of a schedule with N discrete steps, as DDPM draws them."""
+    num_steps = num_discrete_steps(schedule, "times=uniform")
     return ((1 - u) * num_steps).ceil().clamp(1, num_steps) / num_steps * schedule.t_max
 
 
-def logit_normal(schedule: Schedule, u: Tensor, *, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """Density: t / t_max = sigmoid(n), n ~ N(mean, std^2) (arXiv:2403.03206, section 3.1)."""
-    return (mean + std * _normal(u)).sigmoid() * schedule.t_max
+def logit_normal(schedule: Schedule, u: Tensor, *, mean: float = 0.0, std: float = 1.0, shift: float = 1.0) -> Tensor:
+    """T / t_max = sigmoid(n), n ~ N(mean, std^2) (arXiv:2403.03206, section 3.1), then shifted."""
+    return shifted((mean + std * _normal(u)).sigmoid(), shift) * schedule.t_max
 
 
 def log_normal(schedule: Schedule, u: Tensor, *, mean: float = -1.2, std: float = 1.2) -> Tensor:
-    """Density: log t ~ N(mean, std^2), at most t_max; EDM's, where t is sigma (arXiv:2206.00364, table 1)."""
-    return (mean + std * _normal(u)).exp().clamp(max=schedule.t_max)
+    """log(sigma / alpha) ~ N(mean, std^2); EDM's, where that is log t (arXiv:2206.00364, table 1)."""
+    return schedule.time_of(-2 * (mean + std * _normal(u)))
+
+
+def cosine_interpolated(
+    schedule: Schedule,
+    u: Tensor,
+    *,
+    size: int,
+    size_low: int = 32,
+    size_high: int = 64,
+    sigma_min: float = 1e-3,
+    sigma_max: float = 1e3,
+) -> Tensor:
+    """Cosine in log SNR, shifted to a resolution that changes with the noise (arXiv:2301.11093, section 3.1).
+
+    log SNR = -2 log tan(angle) + 2 log(n / size), the angle uniform from atan(sigma_min) to atan(sigma_max), log n
+    going from log size_low at little noise to log size_high at much.
+
+    Args:
+        schedule: t -> (alpha, sigma).
+        u: uniform numbers (B,).
+        size: of what the network sees; size_low is at most that, size_high at least.
+        size_low: the resolution whose cosine schedule the little noise is like.
+        size_high: the same of much noise.
+        sigma_min: the least sigma / alpha, before shifting.
+        sigma_max: the greatest.
+    """
+    low, high = math.log(min(size_low, size) / size), math.log(max(size_high, size) / size)
+    angle = torch.lerp(torch.full_like(u, math.atan(sigma_min)), torch.full_like(u, math.atan(sigma_max)), u)
+    return schedule.time_of(-2 * angle.tan().log() + 2 * (low + (high - low) * u))
+
+
+def shifted(t: Tensor, shift: float) -> Tensor:
+    """Shift t / (1 + (shift - 1) t), of t in [0, 1]: for flow, sigma / alpha times `shift` (arXiv:2403.03206, eq. 23).
+
+    More pixels call for more noise: shift = sqrt(pixels / pixels for which shift 1 is right).
+
+    Raises:
+        ValueError: if shift is not positive.
+    """
+    if not shift > 0:
+        raise ValueError(f"shift={shift} must be positive: 1 is none, more than 1 goes towards noise")
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def num_discrete_steps(schedule: Schedule, instead: str) -> int:
+    """N of a schedule with discrete steps.
+
+    Raises:
+        ValueError: if it has none, with what to choose instead.
+    """
+    num_steps: int | None = getattr(schedule, "num_steps", None)
+    if num_steps is None:
+        raise ValueError(f"{type(schedule).__name__} has no discrete steps: choose {instead}")
+    return num_steps
 
 
 def _normal(u: Tensor) -> Tensor:
     """Standard normal numbers from uniform ones, by the inverse distribution function."""
     return torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))
-
-
-def evenly(schedule: Schedule, num_steps: int) -> Tensor:
-    """Grid: equal steps from t_max to 0."""
-    _check(num_steps)
-    return torch.linspace(schedule.t_max, 0, num_steps + 1, dtype=torch.float64)
-
-
-def karras(schedule: Schedule, num_steps: int, *, sigma_min: float = 0.002, rho: float = 7.0) -> Tensor:
-    """Grid: equal steps in t^(1 / rho) from t_max to sigma_min, then 0; for EDM (arXiv:2206.00364, equation 5)."""
-    _check(num_steps)
-    if rho <= 0:
-        raise ValueError(f"grid.rho={rho} must be positive, like 7")
-    if not 0 < sigma_min < schedule.t_max:
-        raise ValueError(f"sigma_min={sigma_min} must lie in (0, t_max={schedule.t_max:g})")
-    ends = (schedule.t_max ** (1 / rho), sigma_min ** (1 / rho))
-    times = torch.linspace(*ends, num_steps, dtype=torch.float64) ** rho
-    return torch.cat([times, times.new_zeros(1)])
-
-
-def _check(num_steps: int) -> None:
-    if num_steps < 1:
-        raise ValueError(f"num_steps={num_steps} must be at least 1: sampling needs a step")

@@ -1,34 +1,105 @@
 """Plain denoising: regress the network's output on what its prediction says it is."""
 
+import math
 from collections.abc import Callable, Iterator
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from dit.noise.denoiser import Denoiser, expand_like
+from dit.noise.bound import nats
+from dit.noise.denoiser import Denoiser, Output, expand_like
+from dit.noise.draw import SPREADS
+from dit.noise.prediction import determinant
 from dit.noise.schedule import Schedule
+from dit.noise.times import num_discrete_steps
 from dit.objective.objective import Batch, Objective
 
 
 class Denoising(Objective):
-    """E |F(alpha x0 + sigma eps, t) - (a x0 + b eps)|^2, mean over all elements.
+    """E w(t) |F(alpha x0 + sigma eps, t) - (a x0 + b eps)|^2, mean over all elements.
 
     With prediction eps this is DDPM's simple loss (arXiv:2006.11239, equation 14), with flow it is flow matching
-    (arXiv:2210.02747), with edm EDM's weighted loss (arXiv:2206.00364, equation 8).
+    (arXiv:2210.02747), with edm EDM's weighted loss (arXiv:2206.00364, equation 8). The loss in another space than the
+    network predicts is a weight, too (`noise/weight.py`).
 
     Args:
         times: the density of t, (schedule, u) -> t, both (B,).
+        weight: (schedule, t) -> the weight of |x0_hat - x0|^2, both (B,).
+        max_weight: no error of F counts more than that; None: no limit.
+        spread: how the times lie to each other over the batch: independent, stratified or low_discrepancy.
+        bound_weight: of the variational bound in bits per dimension, by which the variance is learned, and nothing else
+            (arXiv:2102.09672, section 3.1); 0: no such term. The published DiT has 1.
+        uncertainty: log SNR -> u, both (B,), learned: an image's loss becomes w e / exp(u) + u (arXiv:2312.02696).
+
+    Raises:
+        ValueError: if a value is out of range.
     """
 
-    def __init__(self, times: Callable[[Schedule, Tensor], Tensor]):
+    def __init__(
+        self,
+        times: Callable[[Schedule, Tensor], Tensor],
+        weight: Callable[[Schedule, Tensor], Tensor],
+        max_weight: float | None = None,
+        spread: str = "independent",
+        bound_weight: float = 0.0,
+        uncertainty: nn.Module | None = None,
+    ):
         super().__init__()
+        if not bound_weight >= 0:
+            raise ValueError(f"objective.bound_weight={bound_weight} must not be negative: 0 is none")
+        if max_weight is not None and not max_weight > 0:
+            raise ValueError(f"objective.max_weight={max_weight} must be positive, or null")
         self.times = times
+        self.weight = weight
+        self.max_weight = max_weight
+        self.spread = spread
+        self.bound_weight = bound_weight
+        self.uncertainty = uncertainty
+
+    def check(self, denoiser: Denoiser) -> None:
+        """Refuse what is known beforehand not to work."""
+        u = torch.linspace(0, 1 - 1e-6, 8)
+        self.weight_of_f(denoiser, self.times(denoiser.schedule, u))
+        if self.spread not in SPREADS:
+            raise ValueError(f"objective.spread={self.spread}: choose one of {', '.join(SPREADS)}")
+        if self.bound_weight:
+            num_discrete_steps(denoiser.schedule, "objective.bound_weight=0")
+            if not getattr(denoiser.network, "learn_sigma", False):
+                raise ValueError(
+                    f"objective.bound_weight={self.bound_weight} is for a learned variance, which this network does "
+                    "not have: model.learn_sigma=true gives it one"
+                )
 
     def phases(self, denoiser: Denoiser, batch: Batch, step: int) -> Iterator[tuple[str, Tensor]]:
         """One phase, for the denoiser."""
-        x0 = batch.x0
-        t = self.times(denoiser.schedule, batch.draw.uniform("t"))  # (B,)
+        x0, schedule = batch.x0, denoiser.schedule
+        t = self.times(schedule, batch.draw.uniform("t", self.spread))  # (B,)
         eps = batch.draw.normal("eps", x0.shape[1:])  # (B, C, H, W)
-        alpha, sigma = (expand_like(c, x0) for c in denoiser.schedule(t))
-        a, b = (expand_like(c, x0) for c in denoiser.prediction(denoiser.schedule, t))
-        f = denoiser.output(alpha * x0 + sigma * eps, t, **batch.cond)
-        yield "denoiser", (f - (a * x0 + b * eps)).square().mean()
+        alpha, sigma = (expand_like(c, x0) for c in schedule(t))
+        a, b = (expand_like(c, x0) for c in denoiser.prediction(schedule, t))
+        x_t = alpha * x0 + sigma * eps
+        output = denoiser.output(x_t, t, **batch.cond)
+        error = (output.f - (a * x0 + b * eps)).square().flatten(1).mean(dim=1)  # (B,)
+        error = self.weight_of_f(denoiser, t).to(error) * error
+        if self.uncertainty is not None:
+            u = self.uncertainty(schedule.log_snr(t))
+            error = error * (-u).exp() + u
+        loss = error.mean()
+        if self.bound_weight:
+            loss = loss + self.bound_weight * self._bits(denoiser, output, x0, x_t, t)
+        yield "denoiser", loss
+
+    def weight_of_f(self, denoiser: Denoiser, t: Tensor) -> Tensor:
+        """What the error of F counts at t (B,): w (sigma / det)^2 for a weight w of that of x0."""
+        t, schedule = t.double(), denoiser.schedule
+        level = schedule(t)
+        weight = self.weight(schedule, t) * (level.sigma / determinant(denoiser.prediction(schedule, t), level)) ** 2
+        return weight if self.max_weight is None else weight.clamp(max=self.max_weight)
+
+    def _bits(self, denoiser: Denoiser, output: Output, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The variational bound's term of a discrete schedule from t to the step before, of the variance alone."""
+        t = t.double()
+        num_steps = num_discrete_steps(denoiser.schedule, "objective.bound_weight=0")
+        s = ((t * num_steps).round() - 1).clamp(min=0) / num_steps
+        estimate = denoiser.estimate(Output(output.f.detach(), output.variance), x_t, t)
+        return nats(denoiser.schedule, estimate, x0, t, s).mean() / math.log(2)

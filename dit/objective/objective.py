@@ -21,6 +21,16 @@ class Batch(NamedTuple):
 class Objective(nn.Module, ABC):
     """A training objective: in one or several phases a step, the network to update and its loss."""
 
+    def check(self, denoiser: Denoiser) -> None:
+        """Refuse, before anything is trained, a denoiser that cannot be trained so.
+
+        Args:
+            denoiser: on the meta device.
+
+        Raises:
+            ValueError: with the way out.
+        """
+
     @abstractmethod
     def phases(self, denoiser: Denoiser, batch: Batch, step: int) -> Iterator[tuple[str, Tensor]]:
         """Yield (network, loss), loss (): the trainer takes an optimizer step on that network after each.

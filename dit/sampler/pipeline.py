@@ -45,7 +45,15 @@ class Pipeline:
         self.times = grid(denoiser.schedule)
 
     @torch.no_grad()
-    def __call__(self, asked: Mapping[str, Any], num_images: int, *, seed: int = 0, batch_size: int = 256) -> Tensor:
+    def __call__(
+        self,
+        asked: Mapping[str, Any],
+        num_images: int,
+        *,
+        seed: int = 0,
+        batch_size: int = 256,
+        noise: Tensor | None = None,
+    ) -> Tensor:
         """Draw pictures.
 
         Args:
@@ -53,11 +61,12 @@ class Pipeline:
             num_images: how many, N.
             seed: of the noise.
             batch_size: how many at a time; where the sampler draws fresh noise (eta > 0), the pictures depend on it.
+            noise: to begin with, (N, C, H, W), standard normal; None: that of the seed.
 
         Returns:
             (N, C, H, W) uint8, on the CPU.
         """
-        device = next(self.denoiser.parameters()).device
+        device = self.device
         schedule = self.denoiser.schedule
         cond = {name: value.to(device) for name, value in self.condition(asked).items()}
         pictures = []
@@ -65,7 +74,8 @@ class Pipeline:
             lanes = range(first, min(first + batch_size, num_images))
             draw = Draw(seed, 0, lanes, len(lanes), device)
             part = {name: value[first : first + len(lanes)] for name, value in cond.items()}
-            x = schedule(self.times[0]).sigma * draw.normal("x", self.latent.shape)
+            x = draw.normal("x", self.latent.shape) if noise is None else noise[first : first + len(lanes)]
+            x = schedule(self.times[0]).sigma * x
             z = self.sampler(
                 lambda x_t, t, part=part: self.guided(x_t, t, **part),
                 schedule,
@@ -75,6 +85,15 @@ class Pipeline:
             )
             pictures.append(to_uint8(self.latent.decode(z)))
         return torch.cat(pictures).cpu()
+
+    def noise(self, seed: int, num_images: int) -> Tensor:
+        """The noise (N, C, H, W) with which the first pictures of a seed begin."""
+        return Draw(seed, 0, range(num_images), num_images, self.device).normal("x", self.latent.shape)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return next(self.denoiser.parameters()).device
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """From a composed configuration to objects: the only place that calls `instantiate`."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -8,8 +9,10 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from dit.latent.latent import Latent
+from dit.metric.subject import Subject
 from dit.noise.denoiser import Denoiser
 from dit.noise.prediction import Estimate
 from dit.noise.schedule import Schedule
@@ -44,12 +47,15 @@ class Parts:
         denoiser = self.denoiser("meta")  # what does not fit fails here, before anything large is made
         self._guidance(denoiser, self.condition.null)
         times = self.grid(self.schedule)
-        self._sampler(lambda x, t: Estimate(x, x), self.schedule, torch.zeros(1, 1), times[-2:])
+        learned = torch.zeros(1, 1) if getattr(denoiser.network, "learn_sigma", False) else None
+        self._sampler(lambda x, t: Estimate(x, x, learned), self.schedule, torch.zeros(1, 1), times[-3:])
         stride = cfg.latent.get("stride", 1)
         if cfg.latent.size * stride != cfg.data.image_size:
             size = f"latent.size={cfg.latent.size} is not data.image_size={cfg.data.image_size}"
             raise ValueError(size + (f" over latent.stride={stride}" if stride > 1 else ""))
         for ours, theirs in SAME if stride > 1 else [*SAME, ("latent.channels", "data.channels")]:
+            if ours == "condition.num_classes" and cfg.condition.num_classes == 0:
+                continue  # labels that the data has, but nobody asks for
             if (mine := OmegaConf.select(cfg, ours)) != (other := OmegaConf.select(cfg, theirs)):
                 raise ValueError(f"{ours}={mine} differs from {theirs}={other}")
 
@@ -65,9 +71,34 @@ class Parts:
         return latent
 
     @property
-    def grid(self) -> Callable[[Schedule], torch.Tensor]:
+    def grid(self) -> Callable[[Schedule], Tensor]:
         """Schedule -> times, (num_steps + 1,)."""
         return partial(build(self.cfg.grid), num_steps=self.cfg.sampler.num_steps)
+
+    def subject(
+        self,
+        denoiser: Denoiser,
+        latent: Latent,
+        *,
+        seed: int,
+        batch_size: int,
+        within: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> Subject:
+        """What metrics judge: a denoiser as it is sampled, each call within a context."""
+
+        def draw(labels: Tensor) -> Tensor:
+            with within():
+                pipeline = self.pipeline(denoiser, latent)
+                return pipeline({"label": labels}, len(labels), seed=seed, batch_size=batch_size)
+
+        def denoise(x_t: Tensor, t: Tensor, labels: Tensor) -> Estimate:
+            device = next(denoiser.parameters()).device
+            with within():
+                cond = {name: value.to(device) for name, value in self.condition({"label": labels}).items()}
+                estimate = denoiser(x_t.to(device), t.to(device), **cond)
+            return type(estimate)(*(None if field is None else field.to(x_t.device) for field in estimate))
+
+        return Subject(draw, denoise, self.schedule, latent.shape)
 
     def pipeline(self, denoiser: Denoiser, latent: Latent) -> Pipeline:
         """From labels to pictures, with the configured sampler, grid and guidance."""

@@ -131,7 +131,7 @@ class Preview(Callback):
     ):
         self.folder = folder
         self.draw = draw
-        self.columns = min(10, num_classes)
+        self.columns = min(10, num_classes or 10)
         self.every_steps = every_steps
         self.recorder = recorder
 

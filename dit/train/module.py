@@ -126,7 +126,7 @@ class DiffusionModule(LightningModule):
         lanes = torch.arange(self.lanes).chunk(self.num_micro_batches)
         rows = torch.arange(len(batch["image"])).chunk(self.num_micro_batches)
         for part, micro in zip(rows, lanes, strict=True):
-            draw = Draw(self.seed, self.step, micro.tolist(), len(part), self.device)
+            draw = Draw(self.seed, self.step, micro.tolist(), len(part), self.device, self.lanes)
             images = batch["image"][part[0] : part[-1] + 1].float() / 127.5 - 1
             told = {name: value[part[0] : part[-1] + 1] for name, value in cond.items()}
             z = [

@@ -6,19 +6,21 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
+from dit.metric.subject import Subject
 from dit.train import checkpoint
 from dit.train.build import Parts, build
 
 if TYPE_CHECKING:  # importing lightning takes seconds, which a mistake in the configuration need not wait for
+    from lightning.pytorch import Trainer
+
     from dit.train.callbacks import Recorder
     from dit.train.module import DiffusionModule
     from dit.train.preemption import Preemption
@@ -60,8 +62,8 @@ class Run:
         self.cfg = cfg
         self.parts = Parts(cfg)
         self.num_micro_batches = _num_micro_batches(cfg.trainer)
-        build(cfg.times)(self.parts.schedule, torch.rand(2))
         self.objective = build(cfg.objective)
+        self.objective.check(self.parts.denoiser("meta"))
         self.tracker = build(cfg.logger)
         self.data = build(cfg.data)
         self.data.check()  # before the optimizer, whose making imports torch's compiler, which takes seconds
@@ -188,15 +190,6 @@ class Run:
             max_grad_norm=options.max_grad_norm,
         )
 
-        @torch.no_grad()
-        def draw(labels: Tensor) -> Tensor:
-            module.denoiser.eval()
-            with trainer.precision_plugin.forward_context(), module.ema.applied():
-                pipeline = self.parts.pipeline(module.denoiser, module.latent)
-                images = pipeline({"label": labels}, len(labels), seed=cfg.seed, batch_size=cfg.evaluation.batch_size)
-            module.denoiser.train()
-            return images
-
         if self.tracker:
             self.tracker.start(self.folder, self.resolved)
         preemption = Preemption()
@@ -204,7 +197,11 @@ class Run:
             self.folder / "metrics.jsonl", options.max_steps, options.batch_size, options.log_every_steps, self.tracker
         )
         preview = Preview(
-            self.folder / "samples", draw, cfg.condition.num_classes, options.preview_every_steps, recorder
+            self.folder / "samples",
+            lambda labels: self._subject(module, trainer).draw(labels),
+            cfg.condition.num_classes,
+            options.preview_every_steps,
+            recorder,
         )
         checkpoints = Checkpoints(
             self.folder / "checkpoints",
@@ -229,7 +226,7 @@ class Run:
                 recorder,
                 preview,
                 checkpoints,
-                LambdaCallback(on_train_end=lambda *_: self._finish(module, draw, recorder, preemption)),
+                LambdaCallback(on_train_end=lambda *_: self._finish(module, trainer, recorder, preemption)),
             ],
         )
         batches = self.data.batches(options.batch_size, cfg.seed, self.step)
@@ -237,10 +234,23 @@ class Run:
             trainer.fit(module, itertools.islice(batches, options.max_steps - self.step))
         return preemption.exit_code if module.step < options.max_steps else None
 
+    def _subject(self, module: "DiffusionModule", trainer: "Trainer") -> Subject:
+        """What was trained, as it is sampled: with the averaged weights, under the precision of training."""
+
+        @contextmanager
+        def as_sampled() -> Iterator[None]:
+            module.denoiser.eval()
+            with trainer.precision_plugin.forward_context(), module.ema.applied():
+                yield
+            module.denoiser.train()
+
+        options = {"seed": self.cfg.seed, "batch_size": self.cfg.evaluation.batch_size, "within": as_sampled}
+        return self.parts.subject(module.denoiser, module.latent, **options)
+
     def _finish(
         self,
         module: "DiffusionModule",
-        draw: Callable[[Tensor], Tensor],
+        trainer: "Trainer",
         recorder: "Recorder",
         preemption: "Preemption",
     ) -> None:
@@ -256,7 +266,8 @@ class Run:
             if self.cfg.metric:
                 print(f"dit: judging {self.cfg.evaluation.num_images} samples", flush=True)
                 train, held_out = self.data.read(self.data.path), self.data.read(self.data.held_out)
-                summary |= build(self.cfg.metric)(draw, train, held_out, num_images=self.cfg.evaluation.num_images)
+                subject = self._subject(module, trainer)
+                summary |= build(self.cfg.metric)(subject, train, held_out, num_images=self.cfg.evaluation.num_images)
             _write(self.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
             _report(self.folder, summary)
         elif preemption.exit_code is not None:

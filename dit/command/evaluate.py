@@ -1,0 +1,58 @@
+"""dit evaluate: the figures of a run's weights."""
+
+import json
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from dit.command.compose import ConfigError, check_choices, check_least, user_errors
+from dit.command.existing import load, offer
+
+prepare = offer
+
+
+def check(cfg: DictConfig) -> None:
+    """What can be said of a configuration without importing torch.
+
+    Raises:
+        ConfigError: naming the value and the way out.
+    """
+    check_least(cfg, {"num_images": 2, "batch_size": 1, "seed": 0, "sampler.num_steps": 1, "guidance.scale": 0})
+    check_choices(cfg, {"weights": ("ema", "model"), "accelerator": ("auto", "cpu", "gpu")})
+    if not cfg.metric:
+        raise ConfigError(f"run={cfg.run} has no metric of its own: choose one, like metric=likelihood")
+
+
+def tell_apart(cfg: DictConfig, suffix: str) -> None:
+    """Give a job of a multirun a file of its own."""
+    if cfg.out is None:
+        cfg.out = str(Path(cfg.runs_dir) / cfg.run / f"evaluation-{suffix}.json")
+
+
+def main(cfg: DictConfig) -> int:
+    """Judge, print the figures, and write them with what they depend on; the exit code."""
+    from omegaconf import OmegaConf
+
+    from dit.train.build import build
+    from dit.train.checkpoint import step_of
+
+    with user_errors():
+        run = load(cfg)
+        trained = run.parts.cfg
+        if trained.data.held_out is None:
+            raise ValueError(f"run={cfg.run} has no held-out images (data.held_out=null), which metrics need")
+        data = build(trained.data)
+        data.check()
+        data.prepare()
+        metric = build(cfg.metric)
+        train, held_out = data.read(data.path), data.read(data.held_out)
+    subject = run.parts.subject(run.denoiser, run.latent, seed=cfg.seed, batch_size=cfg.batch_size)
+    with user_errors():
+        figures = metric(subject, train, held_out, num_images=cfg.num_images)
+    asked = OmegaConf.to_container(cfg, resolve=True)
+    out = Path(cfg.out) if cfg.out else Path(cfg.runs_dir) / cfg.run / "evaluation.json"
+    out.write_text(json.dumps({"step": step_of(run.checkpoint), **figures, "asked": asked}, indent=1) + "\n")
+    for name, value in figures.items():
+        print(f"  {name:<28} {value:.4g}")
+    print(f"  {'written to':<28} {out}")
+    return 0

@@ -1,0 +1,88 @@
+"""What the verbs share that work on a run that exists."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from dit.command.compose import ConfigError, check_run_name
+
+if TYPE_CHECKING:
+    import torch
+
+    from dit.latent.latent import Latent
+    from dit.noise.denoiser import Denoiser
+    from dit.train.build import Parts
+
+AS_THE_RUN_HAD_IT = ("sampler", "grid", "guidance", "metric")
+
+
+class Loaded(NamedTuple):
+    """A run, ready to be sampled."""
+
+    parts: "Parts"
+    denoiser: "Denoiser"
+    latent: "Latent"
+    device: "torch.device"
+    checkpoint: Path
+
+
+def offer(overrides: Sequence[str] | None) -> None:
+    """Make what the run had the option `run` of the groups that may be chosen anew.
+
+    Args:
+        overrides: of the command line; None where only help is asked for.
+
+    Raises:
+        ConfigError: if no run is named, or there is none of the name.
+    """
+    if overrides is None:
+        return _store({})
+    given = dict(override.split("=", 1) for override in overrides if "=" in override)
+    runs_dir = Path(given.get("runs_dir", "runs"))
+    there = sorted(path.parent.name for path in runs_dir.glob("*/config.yaml"))
+    choice = f"runs in {runs_dir}: {', '.join(there)}" if there else f"there is none yet in {runs_dir}"
+    if "run" not in given:
+        raise ConfigError(f"whose weights? give run=<name>; {choice}")
+    check_run_name(given["run"])
+    if given["run"] not in there:
+        raise ConfigError(f"run={given['run']}: no such run; {choice}")
+    path = runs_dir / given["run"] / "config.yaml"
+    try:
+        return _store(OmegaConf.load(path))
+    except Exception as error:  # YAML and OmegaConf raise many kinds
+        raise ConfigError(f"{path} is damaged, restore it: {' '.join(str(error).split())[:200]}") from error
+
+
+def _store(config: Any) -> None:
+    for group in AS_THE_RUN_HAD_IT:
+        node = config[group] if config else {}
+        ConfigStore.instance().store(group=group, name="run", node=OmegaConf.create({} if node is None else node))
+
+
+def load(cfg: DictConfig, step: int | None = None) -> Loaded:
+    """The run that a configuration names, sampled as the configuration says.
+
+    Args:
+        cfg: with run, runs_dir, weights, accelerator, and the groups that may be chosen anew.
+        step: of the checkpoint; None: the newest.
+
+    Raises:
+        ValueError: if something does not fit together, or there is no checkpoint.
+    """
+    import torch
+
+    from dit.train import trained
+    from dit.train.build import Parts
+
+    folder = Path(cfg.runs_dir) / cfg.run
+    chosen = {group: cfg[group] for group in AS_THE_RUN_HAD_IT if group in cfg}
+    had: Any = trained.config(folder)
+    parts = Parts(OmegaConf.create({**had, "runs_dir": cfg.runs_dir, **chosen}))
+    path = trained.newest(folder, step)
+    device = torch.device("cuda" if cfg.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+    if cfg.accelerator == "gpu" and device.type == "cpu":
+        raise ValueError("accelerator=gpu, but torch sees none: choose accelerator=cpu")
+    return Loaded(parts, trained.load(parts, path, cfg.weights).to(device), parts.latent().to(device), device, path)

@@ -1,0 +1,76 @@
+"""Heun's method, second order, with optional churn: EDM's sampler on any schedule."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dit.noise.grid import pairs
+from dit.noise.prediction import Estimate
+from dit.noise.schedule import Schedule
+
+
+def sample(
+    denoise: Callable[[Tensor, Tensor], Estimate],
+    schedule: Schedule,
+    x: Tensor,
+    times: Tensor,
+    *,
+    generator: torch.Generator | None = None,
+    churn: float = 0.0,
+    churn_min: float = 0.0,
+    churn_max: float = math.inf,
+    churn_noise: float = 1.0,
+) -> Tensor:
+    """x_s / c_s = x_t / c_t + d(alpha / c) x0 + d(sigma / c) eps, (x0, eps) the mean of both ends (arXiv:2206.00364).
+
+    The coordinates x / c, in which the path from x0 to eps is straight (`Schedule.straight`), are sigma / alpha on EDM
+    and VP, where this is the paper's algorithm 2, and t on flow. The last step, to 0, is Euler's.
+
+    Args:
+        denoise: (x_t, t) -> (x0, eps); asked 2 N - 1 times.
+        schedule: t -> (alpha, sigma).
+        x: noise at times[0], (B, C, H, W).
+        times: (N + 1,), decreasing to 0, float64, on the CPU.
+        generator: for the churn, on the device of x.
+        churn: how much noise is added, over all steps, before each is taken; 0 is deterministic.
+        churn_min: the least sigma / alpha at which noise is added.
+        churn_max: the greatest.
+        churn_noise: the standard deviation of that noise.
+
+    Returns:
+        x at times[-1].
+
+    Raises:
+        ValueError: if churn is negative, or times do not decrease.
+    """
+    if not churn >= 0:
+        raise ValueError(f"sampler.churn={churn} must not be negative: 0 is deterministic")
+    steps = list(pairs(times))
+    gain = min(churn / len(steps), math.sqrt(2) - 1)
+    for t, s in steps:
+        ratio = schedule(t).sigma / schedule(t).alpha
+        if gain > 0 and churn_min <= ratio <= churn_max and ratio.isfinite():
+            x, t = _noisier(schedule, x, t, gain, churn_noise, generator)
+        now, following = schedule(t), schedule(s)
+        c_t, c_s = schedule.straight(t), schedule.straight(s)
+        d_alpha, d_sigma = following.alpha - now.alpha * c_s / c_t, following.sigma - now.sigma * c_s / c_t
+        x0, eps, _ = denoise(x, t)
+        predicted = c_s / c_t * x + d_alpha * x0 + d_sigma * eps
+        if s > 0:
+            x0_s, eps_s, _ = denoise(predicted, s)
+            predicted = c_s / c_t * x + d_alpha * (x0 + x0_s) / 2 + d_sigma * (eps + eps_s) / 2
+        x = predicted
+    return x
+
+
+def _noisier(
+    schedule: Schedule, x: Tensor, t: Tensor, gain: float, std: float, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """X with noise added until sigma / alpha is 1 + gain times what it was, at most that of t_max; and its time."""
+    later = torch.maximum(schedule.time_of(schedule.log_snr(t) - 2 * math.log1p(gain)), t)
+    now, then = schedule(t), schedule(later)
+    added = (then.sigma**2 - (then.alpha / now.alpha * now.sigma) ** 2).clamp(min=0).sqrt()
+    z = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    return then.alpha / now.alpha * x + std * added * z, later
