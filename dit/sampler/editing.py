@@ -27,7 +27,7 @@ def edited(
 
     Args:
         sampler: the sampler.
-        x0: the picture as the network sees it, (C, H, W).
+        x0: the picture as the network sees it, (C, H, W), or one for each sample, (B, C, H, W).
         strength: how much is forgotten, in [0, 1]: so large a share of the steps is taken, from x0 noised to where they
             begin (arXiv:2108.01073). 0 returns x0, 1 begins at noise.
         mask: (H, W), true where to redraw; elsewhere x0 is kept exactly. None: everywhere.
@@ -42,8 +42,8 @@ def edited(
         raise ValueError(f"strength={strength} must lie in [0, 1]: 0 returns the picture, 1 forgets it")
     if resample < 1:
         raise ValueError(f"resample={resample} must be at least 1: every step is taken so many times")
-    if mask is not None and mask.shape != x0.shape[1:]:
-        raise ValueError(f"the mask is {tuple(mask.shape)}, but the picture {tuple(x0.shape[1:])}: height, width")
+    if mask is not None and mask.shape != x0.shape[-2:]:
+        raise ValueError(f"the mask is {tuple(mask.shape)}, but the picture {tuple(x0.shape[-2:])}: height, width")
 
     def sample(denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, *, generator: Any = None) -> Tensor:
         num_steps = round(strength * (len(times) - 1))
@@ -68,7 +68,7 @@ def edited(
 
 
 def keeping(denoise: Denoise, schedule: Schedule, x0: Tensor, mask: Tensor) -> Denoise:
-    """A denoiser that knows x0 (C, H, W) where the mask (H, W) is false, whatever is asked."""
+    """A denoiser that knows x0 (B or none, C, H, W) where the mask (H, W) is false, whatever is asked."""
 
     def estimate(x_t: Tensor, t: Tensor) -> Estimate:
         said = denoise(x_t, t)
