@@ -54,6 +54,25 @@ def test_what_is_kept_stays_and_what_is_drawn_agrees_with_it(name, sampler, resa
     assert drawn[..., :1].std() > 0.01
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_steps_taken_again_begin_at_their_own_noise(sampler):
+    """Also the last step, to 0: asked at t, the denoiser always sees pictures with the noise of t."""
+    schedule, lay_out = SCHEDULES["linear"]
+    data = Mixture([[0.0]], 0.5)
+
+    def denoise(x, t):
+        alpha, sigma = schedule(t)
+        expected = (alpha**2 * 0.25 + sigma**2).sqrt()
+        assert x.std().item() == pytest.approx(expected.item(), rel=0.1)
+        return data.denoise(schedule)(x, t)
+
+    times = lay_out(schedule, 100)
+    x = torch.randn(4000, 1, generator=torch.Generator().manual_seed(0), dtype=F64)
+    again = edited(SAMPLERS[sampler], torch.zeros(1, dtype=F64), resample=2)
+    drawn = again(denoise, schedule, x, times, generator=torch.Generator().manual_seed(1))
+    assert drawn.std().item() == pytest.approx(0.5, rel=0.1)
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_noising_again_gives_the_schedules_noise(name):
     schedule, _ = SCHEDULES[name]

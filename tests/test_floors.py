@@ -1,10 +1,13 @@
 """Imports only go down, and rooms on one floor are blind to each other (design: 2)."""
 
 import ast
+import importlib
+import inspect
 import re
 from pathlib import Path
 
 import dit
+from dit.command.compose import compose, config_dir
 
 FLOOR = {
     **dict.fromkeys(("condition", "data", "latent", "metric", "model", "noise"), 0),
@@ -37,6 +40,15 @@ def test_imports_go_down():
 
 def test_every_room_is_on_the_plan():
     assert {path.name for path in ROOT.iterdir() if path.is_dir() and path.name != "__pycache__"} <= FLOOR.keys()
+
+
+def test_the_noise_room_stays_small_and_samplers_are_bare_functions():
+    for file in (ROOT / "noise").glob("*.py"):
+        assert len(file.read_text().splitlines()) <= 115, f"{file} is no pleasure to read any more"
+    for path in (config_dir() / "sampler").glob("*.yaml"):
+        target = compose("train", ["experiment=digits", f"sampler={path.stem}"]).sampler._target_
+        module, _, name = target.rpartition(".")
+        assert name == "sample" and inspect.isfunction(getattr(importlib.import_module(module), name))
 
 
 def test_instantiate_is_called_in_one_file():

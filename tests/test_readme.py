@@ -1,5 +1,6 @@
 """The README's commands and claims are those of the code."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -7,11 +8,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from dit.command.compose import compose, jobs
-from dit.command.train import check
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-COMMANDS = [line.strip() for line in README.splitlines() if line.startswith("    dit train ")]
+COMMANDS = [line.strip() for line in README.splitlines() if line.startswith("    dit ")]
 
 
 def test_the_first_screen_has_the_two_commands():
@@ -20,11 +20,17 @@ def test_the_first_screen_has_the_two_commands():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_commands_compose(command):
-    words = command.split()[2:]
+def test_the_commands_compose(command, tmp_path, monkeypatch):
+    _, verb, *words = command.split()
+    module = importlib.import_module(f"dit.command.{verb}")
+    (tmp_path / "runs" / "digits").mkdir(parents=True)
+    OmegaConf.save(compose("train", ["experiment=digits"]), tmp_path / "runs" / "digits" / "config.yaml", resolve=True)
+    monkeypatch.chdir(tmp_path)
+    if hasattr(module, "prepare"):
+        module.prepare(words)
     for overrides in jobs([word for word in words if word != "-m"], multirun="-m" in words):
-        cfg = compose("train", overrides)
-        check(cfg)
+        cfg = compose(verb, overrides)
+        module.check(cfg)
         OmegaConf.to_container(cfg, resolve=True)
 
 

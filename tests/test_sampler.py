@@ -27,7 +27,7 @@ SAMPLERS = {
     "ddpm": partial(ancestral.sample, eta=1.0),
     "ddim": ancestral.sample,
     "heun": heun.sample,
-    "heun_churn": partial(heun.sample, churn=10.0),
+    "heun_churn": partial(heun.sample, churn=0.3),
     "dpmpp": dpmpp.sample,
     "dpmpp_sde": partial(dpmpp.sample, eta=1.0),
     "unipc": unipc.sample,
@@ -92,7 +92,7 @@ def test_from_noise_to_data_the_ode_is_solved(name, sampler, least, most):
 
 @pytest.mark.parametrize("name", ["linear", "edm"])
 def test_churn_goes_back_to_more_noise_before_a_step(name):
-    """Of 20 steps with churn 4, each begins at 1.2 times its sigma / alpha, where that lies in the range."""
+    """With churn 0.2 a step begins at 1.2 times its sigma / alpha, where that lies in the range."""
     schedule, lay_out = SCHEDULES[name]
     asked = []
     data = Mixture([[0.0]], 0.5)
@@ -102,7 +102,7 @@ def test_churn_goes_back_to_more_noise_before_a_step(name):
         return data.denoise(schedule)(x, t)
 
     times = lay_out(schedule, 20)
-    heun.sample(denoise, schedule, torch.zeros(1, 1, dtype=F64), times, churn=4.0, churn_min=0.1, churn_max=5.0)
+    heun.sample(denoise, schedule, torch.zeros(1, 1, dtype=F64), times, churn=0.2, churn_min=0.1, churn_max=5.0)
     ratios = [float(schedule(t).sigma / schedule(t).alpha) for t in times[:-1]]
     added = [r * 1.2 if 0.1 <= r <= 5 else r for r in ratios]
     for ratio in added:
@@ -204,6 +204,12 @@ def test_guidance_is_linear_runs_as_one_batch_and_costs_nothing_where_it_does_no
         torch.testing.assert_close(getattr(guided, field), expected, atol=1e-4, rtol=1e-4)
     outside = ClassifierFree(denoiser, null, scale=3.0, interval=[0.1, 0.6])(X, T, label=COND)
     assert calls[3:] == [4] and torch.equal(outside.x0, plain.x0)
+    half = ClassifierFree(denoiser, null, scale=3.0, interval=[0.1, 0.6])(
+        X, torch.tensor([0.7, 0.5, 0.7, 0.5]), label=COND
+    )
+    torch.testing.assert_close(half.x0[[0, 2]], plain.x0[[0, 2]], atol=1e-4, rtol=1e-4)
+    assert (half.x0[1] - denoiser(X, torch.tensor(0.5), label=COND).x0[1]).abs().max() > 1e-3
+    calls.pop(), calls.pop()
     inside = ClassifierFree(denoiser, null, scale=3.0, interval=[0.1, 0.8])(X, T, label=COND)
     assert calls[4:] == [8] and torch.equal(inside.x0, guided.x0)
 
@@ -306,6 +312,8 @@ def test_autoguidance_goes_away_from_the_weaker_model():
         (ancestral, {"variance": "large"}, r"needs sampler\.eta=1"),
         (ancestral, {"eta": 1.0, "variance": "learned"}, r"model\.learn_sigma=true"),
         (heun, {"churn": -1.0}, "churn=-1"),
+        (heun, {"churn": 0.5}, r"churn=0\.5"),
+        (heun, {"churn_min": 2.0, "churn_max": 1.0}, "churn_min=2"),
         (dpmpp, {"eta": 1.5}, r"eta=1\.5"),
     ],
 )
@@ -330,15 +338,19 @@ def test_grids_that_do_not_decrease_are_refused(sampler, times):
         ({"scale": -1.0}, r"guidance\.scale=-1"),
         ({"interval": [0.8, 0.2]}, "two rising times"),
         ({"interval": [0.8]}, "two rising times"),
+        ({"interval": 0.5}, "two rising times"),
+        ({"interval": ["a", "b"]}, "two rising times"),
+        ({"interval": [10, 20]}, "beyond the schedule's t_max=1"),
         ({"rescale": 1.5}, r"rescale=1\.5"),
         ({"clip": 0.0}, "clip=0"),
         ({"dynamic_clip": 99.5}, r"dynamic_clip=99\.5"),
         ({"channels": 0}, "channels=0"),
+        ({"channels": 1.5}, r"channels=1\.5"),
     ],
 )
 def test_bad_options_of_guidance_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        ClassifierFree(None, Label(3).null, **options)
+        ClassifierFree(tiny_denoiser(linear(), prediction.eps), Label(3).null, **options)
 
 
 def test_a_condition_that_cannot_be_left_out_cannot_guide():

@@ -228,7 +228,7 @@ def test_a_longer_run_that_was_killed_before_its_end_is_summed_up_anew(config):
         ),
         (["latent.size=16"], "latent.size=16 is not data.image_size=8"),
         (["latent.channels=3"], "latent.channels=3 differs from data.channels=1"),
-        (["noise=flow", "prediction=v", "times=discrete"], "times=discrete needs a schedule with steps, not Flow"),
+        (["noise=flow", "prediction=v", "times=discrete"], "Flow has no discrete steps: choose times=uniform"),
         (["model.mlp_ratio=-1"], r"model\.mlp_ratio=-1"),
         (["noise=edm", "prediction=edm", "grid.rho=0"], r"grid\.rho=0"),
         pytest.param(

@@ -44,8 +44,8 @@ def table(folder: Path, resample: list[int], out: Path | None = None) -> dict[st
     hide = torch.zeros(images.shape[-2:], dtype=torch.bool)
     hide[:, images.shape[-1] // 2 :] = True
     half = torch.where(hide, 0, images)
-    classifier = train_classifier(*train, num_classes=cfg.data.num_classes, seed=1)
-    of_halves = train_classifier(torch.where(hide, 0, train[0]), train[1], num_classes=cfg.data.num_classes, seed=1)
+    classifier = train_classifier(train[0], train[1], cfg.data.num_classes, seed=1)
+    of_halves = train_classifier(torch.where(hide, 0, train[0]), train[1], cfg.data.num_classes, seed=1)
 
     def draw(told: bool = True, **options: Any) -> Tensor:
         pipeline = parts.pipeline(denoiser, latent)

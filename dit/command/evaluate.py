@@ -6,7 +6,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from dit.command.compose import ConfigError, check_choices, check_least, user_errors
-from dit.command.existing import load, offer
+from dit.command.existing import check_writable, load, offer
 
 prepare = offer
 
@@ -45,12 +45,13 @@ def main(cfg: DictConfig) -> int:
         data.check()
         data.prepare()
         metric = build(cfg.metric)
+        out = Path(cfg.out) if cfg.out else Path(cfg.runs_dir) / cfg.run / "evaluation.json"
+        check_writable(out)
         train, held_out = data.read(data.path), data.read(data.held_out)
     subject = run.parts.subject(run.denoiser, run.latent, seed=cfg.seed, batch_size=cfg.batch_size)
     with user_errors():
         figures = metric(subject, train, held_out, num_images=cfg.num_images)
     asked = OmegaConf.to_container(cfg, resolve=True)
-    out = Path(cfg.out) if cfg.out else Path(cfg.runs_dir) / cfg.run / "evaluation.json"
     out.write_text(json.dumps({"step": step_of(run.checkpoint), **figures, "asked": asked}, indent=1) + "\n")
     for name, value in figures.items():
         print(f"  {name:<28} {value:.4g}")

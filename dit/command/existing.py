@@ -62,6 +62,19 @@ def _store(config: Any) -> None:
         ConfigStore.instance().store(group=group, name="run", node=OmegaConf.create({} if node is None else node))
 
 
+def check_writable(out: Path) -> None:
+    """See, before anything is drawn, whether a file can be written.
+
+    Raises:
+        ValueError: if not.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.open("ab").close()
+    except OSError as error:
+        raise ValueError(f"out={out} cannot be written: {error.strerror}") from error
+
+
 def load(cfg: DictConfig, step: int | None = None) -> Loaded:
     """The run that a configuration names, sampled as the configuration says.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, ListConfig
 
 from dit.command.compose import ConfigError, check_choices, check_least, user_errors
-from dit.command.existing import Loaded, load, offer
+from dit.command.existing import Loaded, check_writable, load, offer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,11 +62,7 @@ def main(cfg: DictConfig) -> int:
         pipeline = run.parts.pipeline(run.denoiser, run.latent)
         keep = _edit(cfg, run, pipeline)
         out = Path(cfg.out) if cfg.out else Path(cfg.runs_dir) / cfg.run / "samples" / f"seed-{cfg.seed}.png"
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.open("ab").close()
-        except OSError as error:
-            raise ValueError(f"out={out} cannot be written: {error.strerror}") from error
+        check_writable(out)
     draw = partial(pipeline, asked, cfg.num_images, seed=cfg.seed, batch_size=cfg.batch_size)
     images = keep(draw(noise=_noise(cfg, pipeline)))
     out.write_bytes(encode_png(grid(images, min(len(labels), 20, cfg.num_images))))
@@ -150,7 +146,8 @@ def _noise(cfg: DictConfig, pipeline: "Pipeline") -> "Tensor | None":
     n = cfg.num_images
     first = pipeline.noise(cfg.seed, 1)
     if cfg.interpolate_to is not None:
-        return mixed(first, pipeline.noise(cfg.interpolate_to, 1), torch.linspace(0, 1, n).reshape(n, 1, 1, 1))
+        share = torch.linspace(0, 1, n, device=first.device).reshape(n, *[1] * (first.ndim - 1))
+        return mixed(first, pipeline.noise(cfg.interpolate_to, 1), share)
     if cfg.variation is not None:
         return mixed(first, pipeline.noise(cfg.seed, n + 1)[1:], float(cfg.variation))
     return None

@@ -27,7 +27,7 @@ def likelihood(
     batch_size: int = 500,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Two answers to how likely the held-out images are: exact but for its estimators, and a bound.
+    """How likely the held-out images are: by an ODE, up to its estimators, its steps and its least noise; and bounded.
 
     Args:
         subject: the model.

@@ -128,13 +128,13 @@ class DiT(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
         """X (B, C, H, W), time (B,), label (B,) in 0..num_classes -> (B, C or 2C, H, W)."""
-        x = self.x_embedder(x) + self.pos_embed  # (B, N, D)
-        c = self.t_embedder(time)  # (B, D)
+        x = self.x_embedder(x) + self.pos_embed                # (B, N, D)
+        c = self.t_embedder(time)                              # (B, D)
         if self.y_embedder is not None:
-            c = c + self.y_embedder(label)  # (B, D)
+            c = c + self.y_embedder(label)                     # (B, D)
         for block in self.blocks:
-            x = block(x, c)  # (B, N, D)
-        return self.unpatchify(self.final_layer(x, c))  # (B, C or 2C, H, W)
+            x = block(x, c)                                    # (B, N, D)
+        return self.unpatchify(self.final_layer(x, c))         # (B, C or 2C, H, W)
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """(B, N, p p C) -> (B, C, H, W)."""

@@ -44,10 +44,10 @@ def nats(schedule: Schedule, estimate: Estimate, x0: Tensor, t: Tensor, s: Tenso
     """
     now, following = (NoiseLevel(*(expand_like(c, x0) for c in schedule(at.double()))) for at in (t, s))
     least, greatest = variances(now, following)
-    # The least variance is 0 where s is; the published code takes that of the step before, for the decoder.
-    earlier = NoiseLevel(*(expand_like(c, x0) for c in schedule((2 * t.double()).clamp(max=schedule.t_max))))
+    # The least variance is 0 where s is; the published code takes that of the step before it in sampling, 2 t -> t.
+    before = NoiseLevel(*(expand_like(c, x0) for c in schedule((2 * t.double()).clamp(max=schedule.t_max))))
     decoder = expand_like(s == 0, x0)
-    least = torch.where(decoder, variances(earlier, now)[0], least)
+    least = torch.where(decoder, variances(before, now)[0], least)
     log_q = least.log().to(x0).expand_as(x0)
     log_p = log_q if estimate.variance is None else log_variance(estimate.variance, least.to(x0), greatest.to(x0))
     scale = (following.alpha * greatest / now.sigma**2).to(x0)  # of x0 in the mean

@@ -47,7 +47,8 @@ class Denoiser(nn.Module):
         """The network's output; objectives regress its F. t is (B,) or ()."""
         batch, channels = x_t.shape[:2]
         scale = self.schedule.input_scale(t).to(x_t)
-        time = self.schedule.time_input(t).to(x_t).expand(batch)
+        exact = torch.promote_types(x_t.dtype, torch.float32)  # bfloat16 does not tell 999 from 1000
+        time = self.schedule.time_input(t).to(x_t.device, exact).expand(batch)
         f: Tensor = self.network(expand_like(scale, x_t) * x_t, time, **cond).to(x_t.dtype)
         return Output(f[:, :channels], f[:, channels:] if f.shape[1] == 2 * channels else None)
 

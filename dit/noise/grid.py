@@ -95,12 +95,17 @@ def _checked(num_steps: int) -> int:
 
 def _ends(schedule: Schedule, sigma_min: float | None, sigma_max: float) -> tuple[float, float]:
     """The first and the last sigma / alpha that is not 0."""
-    ends = torch.tensor([schedule.t_max, schedule.t_max / getattr(schedule, "num_steps", 1)], dtype=torch.float64)
-    greatest, least = (-schedule.log_snr(ends) / 2).exp().tolist()
-    first, last = min(greatest, sigma_max), sigma_min or (least if hasattr(schedule, "num_steps") else 0.002)
-    if not 0 < last < first:
-        raise ValueError(f"grid.sigma_min={last:g} must lie between 0 and the greatest sigma / alpha, {first:g}")
-    return first, last
+    if not sigma_max > 0:
+        raise ValueError(f"grid.sigma_max={sigma_max} must be positive")
+    ends = torch.tensor([schedule.t_max, schedule.t_max / (schedule.num_steps or 1)], dtype=torch.float64)
+    greatest, of_first_step = (-schedule.log_snr(ends) / 2).exp().tolist()
+    if sigma_min is None:
+        sigma_min = of_first_step if schedule.num_steps else 0.002
+    if not 0 < sigma_min < (sigma_max := min(greatest, sigma_max)):
+        raise ValueError(
+            f"grid.sigma_min={sigma_min:g} must lie between 0 and the greatest sigma / alpha, {sigma_max:g}"
+        )
+    return sigma_max, sigma_min
 
 
 def _at(schedule: Schedule, ratios: Tensor) -> Tensor:

@@ -22,10 +22,12 @@ class Schedule(ABC):
     Attributes:
         t_max: the time of (nearly) pure noise, where sampling begins.
         sigma_data: the standard deviation of x0 that `input_scale` and the edm prediction reckon with.
+        num_steps: N of a schedule with discrete steps, at t = k t_max / N; None of a continuous one.
     """
 
     t_max: float = 1.0
     sigma_data: float = 1.0
+    num_steps: int | None = None
 
     @abstractmethod
     def __call__(self, t: Tensor) -> NoiseLevel:

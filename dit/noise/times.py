@@ -25,12 +25,12 @@ def discrete(schedule: Schedule, u: Tensor) -> Tensor:
 
 def logit_normal(schedule: Schedule, u: Tensor, *, mean: float = 0.0, std: float = 1.0, shift: float = 1.0) -> Tensor:
     """T / t_max = sigmoid(n), n ~ N(mean, std^2) (arXiv:2403.03206, section 3.1), then shifted."""
-    return shifted((mean + std * _normal(u)).sigmoid(), shift) * schedule.t_max
+    return shifted(_normal(u, mean, std).sigmoid(), shift) * schedule.t_max
 
 
 def log_normal(schedule: Schedule, u: Tensor, *, mean: float = -1.2, std: float = 1.2) -> Tensor:
     """log(sigma / alpha) ~ N(mean, std^2); EDM's, where that is log t (arXiv:2206.00364, table 1)."""
-    return schedule.time_of(-2 * (mean + std * _normal(u)))
+    return schedule.time_of(-2 * _normal(u, mean, std))
 
 
 def cosine_interpolated(
@@ -46,20 +46,28 @@ def cosine_interpolated(
     """Cosine in log SNR, shifted to a resolution that changes with the noise (arXiv:2301.11093, section 3.1).
 
     log SNR = -2 log tan(angle) + 2 log(n / size), the angle uniform from atan(sigma_min) to atan(sigma_max), log n
-    going from log size_low at little noise to log size_high at much.
+    going from log size_high at little noise to log size_low at much.
 
     Args:
         schedule: t -> (alpha, sigma).
         u: uniform numbers (B,).
         size: of what the network sees; size_low is at most that, size_high at least.
-        size_low: the resolution whose cosine schedule the little noise is like.
-        size_high: the same of much noise.
+        size_low: the resolution whose cosine schedule much noise is like.
+        size_high: the same of little noise.
         sigma_min: the least sigma / alpha, before shifting.
         sigma_max: the greatest.
+
+    Raises:
+        ValueError: if a size is less than 1, or the sigmas do not rise from above 0.
     """
+    if min(size, size_low, size_high) < 1 or not 0 < sigma_min < sigma_max:
+        raise ValueError(
+            f"times.size_low={size_low} and size_high={size_high} must be at least 1, and 0 < sigma_min={sigma_min} < "
+            f"sigma_max={sigma_max}"
+        )
     low, high = math.log(min(size_low, size) / size), math.log(max(size_high, size) / size)
     angle = torch.lerp(torch.full_like(u, math.atan(sigma_min)), torch.full_like(u, math.atan(sigma_max)), u)
-    return schedule.time_of(-2 * angle.tan().log() + 2 * (low + (high - low) * u))
+    return schedule.time_of(-2 * angle.tan().log() + 2 * (high + (low - high) * u))
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
@@ -81,12 +89,13 @@ def num_discrete_steps(schedule: Schedule, instead: str) -> int:
     Raises:
         ValueError: if it has none, with what to choose instead.
     """
-    num_steps: int | None = getattr(schedule, "num_steps", None)
-    if num_steps is None:
+    if schedule.num_steps is None:
         raise ValueError(f"{type(schedule).__name__} has no discrete steps: choose {instead}")
-    return num_steps
+    return schedule.num_steps
 
 
-def _normal(u: Tensor) -> Tensor:
-    """Standard normal numbers from uniform ones, by the inverse distribution function."""
-    return torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))
+def _normal(u: Tensor, mean: float, std: float) -> Tensor:
+    """Normal numbers from uniform ones, by the inverse distribution function."""
+    if not std > 0:
+        raise ValueError(f"times.std={std} must be positive")
+    return mean + std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))

@@ -14,7 +14,7 @@ class Trigonometric(Schedule):
 
     Args:
         t_max: where sampling begins, pi / 2 for pure noise. There a prediction of the noise alone cannot be turned
-            into x0: 1.57 serves it.
+            into x0: 1.569 serves it.
 
     Raises:
         ValueError: if t_max is outside (0, pi / 2].
@@ -27,8 +27,12 @@ class Trigonometric(Schedule):
 
     def __call__(self, t: Tensor) -> NoiseLevel:
         """(cos t, sin t)."""
-        return NoiseLevel(t.cos(), t.sin())
+        return NoiseLevel(t.cos().clamp(min=0), t.sin())  # in float32 pi / 2 is a little more than pi / 2
 
     def rate(self, t: Tensor) -> NoiseLevel:
         """(-sin t, cos t)."""
         return NoiseLevel(-t.sin(), t.cos())
+
+    def straight(self, t: Tensor) -> Tensor:
+        """Alpha + sigma, whatever t_max is."""
+        return t.cos() + t.sin()

@@ -29,7 +29,7 @@ class VP(Schedule):
             raise ValueError("betas are empty: num_steps must be at least 1")
         if not ((betas > 0) & (betas < 1))[:-1].all() or not 0 < betas[-1] <= 1:
             raise ValueError(f"betas must lie in (0, 1), got {betas.min():g} to {betas.max():g}")
-        self.num_steps = betas.numel()
+        self.num_steps: int = betas.numel()
         log_alpha = (-betas).log1p().cumsum(0) / 2
         alpha, sigma = log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
         if zero_terminal_snr and self.num_steps > 1:
@@ -81,6 +81,8 @@ def cosine(
     num_steps: int = 1000, offset: float = 0.008, beta_max: float = 0.999, zero_terminal_snr: bool = False
 ) -> VP:
     """alpha(t)^2 = f(t) / f(0), f(t) = cos^2((t + offset) / (1 + offset) pi / 2), betas capped (arXiv:2102.09672)."""
+    if not (offset >= 0 and 0 < beta_max < 1):
+        raise ValueError(f"noise.offset={offset} must not be negative, and noise.beta_max={beta_max} in (0, 1)")
     t = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
     f = ((t + offset) / (1 + offset) * math.pi / 2).cos() ** 2
     return VP((1 - f[1:] / f[:-1]).clamp(max=beta_max), zero_terminal_snr)
@@ -95,6 +97,8 @@ def sigmoid(
     zero_terminal_snr: bool = False,
 ) -> VP:
     """alpha(t)^2 falling along a sigmoid over [start, end] / tau, betas capped (arXiv:2212.11972)."""
+    if not (tau > 0 and start < end):
+        raise ValueError(f"noise.tau={tau} must be positive, and noise.start={start} less than noise.end={end}")
     f = (-torch.linspace(start, end, num_steps + 1, dtype=torch.float64) / tau).sigmoid()
     f = (f - f[-1]) / (f[0] - f[-1])
     return VP((1 - f[1:] / f[:-1]).clamp(max=beta_max), zero_terminal_snr)

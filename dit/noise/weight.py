@@ -39,7 +39,7 @@ def truncated_snr(schedule: Schedule, t: Tensor) -> Tensor:
 def p2(schedule: Schedule, t: Tensor, *, gamma: float = 1.0, k: float = 1.0) -> Tensor:
     """SNR / (k + SNR)^gamma: 1 / (k + SNR)^gamma of the error in eps (arXiv:2204.00227, equation 8)."""
     snr = _snr(schedule, t)
-    return snr / (_positive("k", k) + snr) ** gamma
+    return snr / (_positive("k", k) + snr) ** _positive("gamma", gamma)
 
 
 def _snr(schedule: Schedule, t: Tensor) -> Tensor:

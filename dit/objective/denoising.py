@@ -47,6 +47,8 @@ class Denoising(Objective):
         super().__init__()
         if not bound_weight >= 0:
             raise ValueError(f"objective.bound_weight={bound_weight} must not be negative: 0 is none")
+        if spread not in SPREADS:
+            raise ValueError(f"objective.spread={spread}: choose one of {', '.join(SPREADS)}")
         if max_weight is not None and not max_weight > 0:
             raise ValueError(f"objective.max_weight={max_weight} must be positive, or null")
         self.times = times
@@ -60,10 +62,9 @@ class Denoising(Objective):
         """Refuse what is known beforehand not to work."""
         u = torch.linspace(0, 1 - 1e-6, 8)
         self.weight_of_f(denoiser, self.times(denoiser.schedule, u))
-        if self.spread not in SPREADS:
-            raise ValueError(f"objective.spread={self.spread}: choose one of {', '.join(SPREADS)}")
         if self.bound_weight:
-            num_discrete_steps(denoiser.schedule, "objective.bound_weight=0")
+            if num_discrete_steps(denoiser.schedule, "objective.bound_weight=0") < 2:
+                raise ValueError("objective.bound_weight needs noise.num_steps of at least 2")
             if not getattr(denoiser.network, "learn_sigma", False):
                 raise ValueError(
                     f"objective.bound_weight={self.bound_weight} is for a learned variance, which this network does "
@@ -100,6 +101,7 @@ class Denoising(Objective):
         """The variational bound's term of a discrete schedule from t to the step before, of the variance alone."""
         t = t.double()
         num_steps = num_discrete_steps(denoiser.schedule, "objective.bound_weight=0")
-        s = ((t * num_steps).round() - 1).clamp(min=0) / num_steps
+        step = denoiser.schedule.t_max / num_steps
+        s = ((t / step).round() - 1).clamp(min=0) * step
         estimate = denoiser.estimate(Output(output.f.detach(), output.variance), x_t, t)
         return nats(denoiser.schedule, estimate, x0, t, s).mean() / math.log(2)

@@ -21,6 +21,8 @@ class Uncertainty(nn.Module):
 
     def __init__(self, channels: int = 128, bandwidth: float = 1.0):
         super().__init__()
+        if channels < 1 or not bandwidth > 0:
+            raise ValueError(f"objective.uncertainty: channels={channels} and bandwidth={bandwidth} must be positive")
         generator = torch.Generator().manual_seed(0)
         self.register_buffer("frequency", 2 * torch.pi * bandwidth * torch.randn(channels, generator=generator))
         self.register_buffer("phase", 2 * torch.pi * torch.rand(channels, generator=generator))

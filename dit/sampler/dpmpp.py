@@ -21,8 +21,8 @@ def sample(
 ) -> Tensor:
     """x_s = (sigma_s / sigma_t) e^(-eta h) x_t + alpha_s (1 - e^(-(1 + eta) h)) D + sigma_s sqrt(1 - e^(-2 eta h)) z.
 
-    h = lambda_s - lambda_t, lambda = log(alpha / sigma), and D = x0 + h / (2 h_before) (x0 - x0_before), in the first
-    and the last step x0 (arXiv:2211.01095, algorithm 2).
+    h = lambda_s - lambda_t, lambda = log(alpha / sigma), and D = x0 + h / (2 h_before) (x0 - x0_before)
+    (arXiv:2211.01095, algorithm 2); in the first step D = x0, and in the last, to 0, where h is infinite.
 
     Args:
         denoise: (x_t, t) -> (x0, eps); asked N times.

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dit.noise.denoiser import expand_like
 from dit.noise.grid import pairs
 from dit.noise.prediction import Estimate
 from dit.noise.schedule import Schedule
@@ -60,7 +61,7 @@ def edited(
         for t, s in pairs(times):
             for again in reversed(range(resample)):
                 x = sampler(denoise, schedule, x, torch.stack([t, s]), generator=generator)
-                if again and s > 0:
+                if again:
                     x = noised(schedule, x, s, t, generator)
         return x
 
@@ -72,7 +73,7 @@ def keeping(denoise: Denoise, schedule: Schedule, x0: Tensor, mask: Tensor) -> D
 
     def estimate(x_t: Tensor, t: Tensor) -> Estimate:
         said = denoise(x_t, t)
-        alpha, sigma = schedule(t)
+        alpha, sigma = (expand_like(c, x_t) for c in schedule(t))
         kept = torch.where(mask, said.x0, x0)
         return Estimate(kept, torch.where(mask, said.eps, (x_t - alpha * kept) / sigma), said.variance)
 

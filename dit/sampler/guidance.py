@@ -47,8 +47,8 @@ class Guidance(ABC):
     ):
         if not scale >= 0:
             raise ValueError(f"guidance.scale={scale} must not be negative: 1 is no guidance")
-        if interval is not None and not (len(interval) == 2 and 0 <= interval[0] < interval[1]):
-            raise ValueError(f"guidance.interval={list(interval)} must be two rising times, like [0.1, 0.7]")
+        if interval is not None:
+            _check_interval(interval, denoiser)
         if not 0 <= rescale <= 1:
             raise ValueError(f"guidance.rescale={rescale} must lie in [0, 1]: 0 is none")
         if clip is not None and not clip > 0:
@@ -69,11 +69,14 @@ class Guidance(ABC):
 
     def __call__(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Estimate:
         """The guided estimate of (x0, eps)."""
-        if self.scale == 1 or (self.interval is not None and not self.interval[0] <= t <= self.interval[1]):
+        first, last = self.interval or (0.0, self.denoiser.schedule.t_max)
+        inside = (first <= t) & (t <= last)
+        if self.scale == 1 or not inside.any():
             estimate = self.denoiser(x_t, t, **cond)
         else:
             told, worse = self.pair(x_t, t, cond)
-            x0, eps = (b + self.scale * (a - b) for a, b in ((told.x0, worse.x0), (told.eps, worse.eps)))
+            scale = expand_like(torch.where(inside, self.scale, 1.0).to(x_t), x_t)
+            x0, eps = (b + scale * (a - b) for a, b in ((told.x0, worse.x0), (told.eps, worse.eps)))
             estimate = Estimate(x0, eps, told.variance)
             if self.rescale:
                 estimate = self._with_x0(torch.lerp(x0, x0 * _std(told.x0) / _std(x0), self.rescale), estimate, x_t, t)
@@ -110,8 +113,8 @@ class ClassifierFree(Guidance):
 
     def __init__(self, denoiser: Denoiser, null: Null, *, channels: int | None = None, **options: Any):
         super().__init__(denoiser, null, **options)
-        if channels is not None and channels < 1:
-            raise ValueError(f"guidance.channels={channels} must be at least 1, or null for all")
+        if channels is not None and not (isinstance(channels, int) and channels >= 1):
+            raise ValueError(f"guidance.channels={channels} must be a whole number of at least 1, or null for all")
         if self.scale != 1:
             null({})
         self.channels = channels
@@ -157,6 +160,15 @@ class Autoguidance(Guidance):
 def _std(x: Tensor) -> Tensor:
     """The standard deviation within each image, (B, 1, 1, 1)."""
     return expand_like(x.flatten(1).std(dim=1), x)
+
+
+def _check_interval(interval: Sequence[float], denoiser: Denoiser) -> None:
+    """Two rising times, of which the schedule has some."""
+    numbers = isinstance(interval, Sequence) and all(isinstance(time, int | float) for time in interval)
+    if not numbers or len(interval) != 2 or not 0 <= interval[0] < interval[1]:
+        raise ValueError(f"guidance.interval={interval} must be two rising times, like [0.1, 0.7]")
+    if interval[0] >= denoiser.schedule.t_max:
+        raise ValueError(f"guidance.interval={interval} lies beyond the schedule's t_max={denoiser.schedule.t_max:g}")
 
 
 def _half(doubled: Estimate, part: int, batch: int) -> Estimate:

@@ -10,6 +10,8 @@ from dit.noise.grid import pairs
 from dit.noise.prediction import Estimate
 from dit.noise.schedule import Schedule
 
+MOST_CHURN = math.sqrt(2) - 1
+
 
 def sample(
     denoise: Callable[[Tensor, Tensor], Estimate],
@@ -25,8 +27,9 @@ def sample(
 ) -> Tensor:
     """x_s / c_s = x_t / c_t + d(alpha / c) x0 + d(sigma / c) eps, (x0, eps) the mean of both ends (arXiv:2206.00364).
 
-    The coordinates x / c, in which the path from x0 to eps is straight (`Schedule.straight`), are sigma / alpha on EDM
-    and VP, where this is the paper's algorithm 2, and t on flow. The last step, to 0, is Euler's.
+    In the coordinates x / c the path from x0 to eps is straight (`Schedule.straight`). Where c = alpha, as on EDM and
+    DDPM's linear schedule, this is the paper's algorithm 2, whose churn here stops at t_max; on flow it is Heun's
+    method in t. The last step, to 0, is Euler's.
 
     Args:
         denoise: (x_t, t) -> (x0, eps); asked 2 N - 1 times.
@@ -34,7 +37,8 @@ def sample(
         x: noise at times[0], (B, C, H, W).
         times: (N + 1,), decreasing to 0, float64, on the CPU.
         generator: for the churn, on the device of x.
-        churn: how much noise is added, over all steps, before each is taken; 0 is deterministic.
+        churn: before each step noise is added until sigma / alpha is 1 + churn times what it was: the paper's S_churn
+            / N, at most sqrt(2) - 1; 0 is deterministic.
         churn_min: the least sigma / alpha at which noise is added.
         churn_max: the greatest.
         churn_noise: the standard deviation of that noise.
@@ -43,16 +47,19 @@ def sample(
         x at times[-1].
 
     Raises:
-        ValueError: if churn is negative, or times do not decrease.
+        ValueError: if an option is out of range, or times do not decrease.
     """
-    if not churn >= 0:
-        raise ValueError(f"sampler.churn={churn} must not be negative: 0 is deterministic")
-    steps = list(pairs(times))
-    gain = min(churn / len(steps), math.sqrt(2) - 1)
-    for t, s in steps:
+    if not 0 <= churn <= MOST_CHURN:
+        raise ValueError(f"sampler.churn={churn} must lie in [0, sqrt(2) - 1]: EDM's S_churn over the number of steps")
+    if not (0 <= churn_min <= churn_max and churn_noise >= 0):
+        raise ValueError(
+            f"sampler.churn_min={churn_min} must not exceed churn_max={churn_max}, and churn_noise={churn_noise} "
+            "must not be negative"
+        )
+    for t, s in pairs(times):
         ratio = schedule(t).sigma / schedule(t).alpha
-        if gain > 0 and churn_min <= ratio <= churn_max and ratio.isfinite():
-            x, t = _noisier(schedule, x, t, gain, churn_noise, generator)
+        if churn > 0 and churn_min <= ratio <= churn_max and ratio.isfinite():
+            x, t = _noisier(schedule, x, t, churn, churn_noise, generator)
         now, following = schedule(t), schedule(s)
         c_t, c_s = schedule.straight(t), schedule.straight(s)
         d_alpha, d_sigma = following.alpha - now.alpha * c_s / c_t, following.sigma - now.sigma * c_s / c_t

@@ -49,6 +49,10 @@ class Parts:
         times = self.grid(self.schedule)
         learned = torch.zeros(1, 1) if getattr(denoiser.network, "learn_sigma", False) else None
         self._sampler(lambda x, t: Estimate(x, x, learned), self.schedule, torch.zeros(1, 1), times[-3:])
+        if cfg.sampler.get("variance") == "learned" and not cfg.objective.get("bound_weight"):
+            raise ValueError("sampler.variance=learned, but it is not learned: train with objective.bound_weight=1")
+        if (cfg.guidance.get("channels") or 0) > cfg.latent.channels:
+            raise ValueError(f"guidance.channels={cfg.guidance.channels}, but latent.channels={cfg.latent.channels}")
         stride = cfg.latent.get("stride", 1)
         if cfg.latent.size * stride != cfg.data.image_size:
             size = f"latent.size={cfg.latent.size} is not data.image_size={cfg.data.image_size}"

@@ -70,8 +70,6 @@ def denoiser(run: str, runs_dir: str = "runs", weights: str = "ema", step: int |
     """
     folder = Path(runs_dir) / run
     cfg = config(folder)
-    cfg.guidance = {
-        "_target_": "dit.sampler.guidance.ClassifierFree",
-        "_partial_": True,
-    }  # that of a run may name another
+    # That of the run may name a weaker run in its turn.
+    cfg.guidance = {"_target_": "dit.sampler.guidance.ClassifierFree", "_partial_": True}
     return load(Parts(cfg), newest(folder, step), weights)
