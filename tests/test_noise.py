@@ -342,7 +342,7 @@ def test_the_bounds_term_is_the_divergence_of_two_normals():
         expected = torch.distributions.kl_divergence(step(x0, least), step(said, theirs))
         ours = bound.nats(schedule, Estimate(said, said, variance), x0, t, s)
         torch.testing.assert_close(ours, expected, atol=1e-9, rtol=1e-6)
-    # The difference of SNRs (arXiv:2107.00630, equation 13).
+    # The difference of SNRs (arXiv:2107.00630).
     snr = [schedule.log_snr(at).exp().reshape(2, 1, 1, 1) for at in (t, s)]
     simple = (snr[1] - snr[0]) / 2 * (x0 - said) ** 2
     torch.testing.assert_close(bound.nats(schedule, Estimate(said, said), x0, t, s), simple, atol=1e-9, rtol=1e-6)

@@ -136,7 +136,7 @@ def variational_bound(
     generator: torch.Generator | None,
     nats: Callable[..., Tensor],
 ) -> Tensor:
-    """-log p(x0) <= KL(q(x_T | x0) | N(0, sigma_T^2)) + sum over steps of their terms (arXiv:2107.00630, equation 11).
+    """-log p(x0) <= KL(q(x_T | x0) | N(0, sigma_T^2)) + sum over steps of their terms (arXiv:2107.00630).
 
     Args:
         denoise: (x_t, t) -> (x0, eps).

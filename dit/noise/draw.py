@@ -53,7 +53,7 @@ class Draw:
         Args:
             purpose: what they are for.
             spread: how they lie to each other over the global batch of n rows, i = 0..n - 1: `independent` u_i;
-                `stratified`, (i + u_i) / n + w; `low_discrepancy`, i / n + w (arXiv:2107.00630, appendix I), modulo 1,
+                `stratified`, (i + u_i) / n + w; `low_discrepancy`, i / n + w (arXiv:2107.00630), modulo 1,
                 one w for all of them and anew at every step.
         """
         assert spread in SPREADS

@@ -24,7 +24,7 @@ def discrete(schedule: Schedule, u: Tensor) -> Tensor:
 
 
 def logit_normal(schedule: Schedule, u: Tensor, *, mean: float = 0.0, std: float = 1.0, shift: float = 1.0) -> Tensor:
-    """T / t_max = sigmoid(n), n ~ N(mean, std^2) (arXiv:2403.03206, section 3.1), then shifted."""
+    """A time with t / t_max = sigmoid(n), n ~ N(mean, std^2) (arXiv:2403.03206, section 3.1), then shifted."""
     return shifted(_normal(u, mean, std).sigmoid(), shift) * schedule.t_max
 
 
@@ -43,7 +43,7 @@ def cosine_interpolated(
     sigma_min: float = 1e-3,
     sigma_max: float = 1e3,
 ) -> Tensor:
-    """Cosine in log SNR, shifted to a resolution that changes with the noise (arXiv:2301.11093, section 3.1).
+    """Cosine in log SNR, shifted to a resolution that changes with the noise (arXiv:2301.11093).
 
     log SNR = -2 log tan(angle) + 2 log(n / size), the angle uniform from atan(sigma_min) to atan(sigma_max), log n
     going from log size_high at little noise to log size_low at much.
@@ -71,7 +71,7 @@ def cosine_interpolated(
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
-    """Shift t / (1 + (shift - 1) t), of t in [0, 1]: for flow, sigma / alpha times `shift` (arXiv:2403.03206, eq. 23).
+    """The shifted time, shift t / (1 + (shift - 1) t), t in [0, 1]: for flow, sigma / alpha times `shift` (arXiv:2403.03206, eq. 23).
 
     More pixels call for more noise: shift = sqrt(pixels / pixels for which shift 1 is right).
 

@@ -22,22 +22,22 @@ def mean_square(schedule: Schedule, t: Tensor, *, prediction: Prediction) -> Ten
 
 
 def min_snr(schedule: Schedule, t: Tensor, *, gamma: float = 5.0) -> Tensor:
-    """min(SNR, gamma) (arXiv:2303.09556, equation 8)."""
+    """min(SNR, gamma) (arXiv:2303.09556)."""
     return _snr(schedule, t).clamp(max=_positive("gamma", gamma))
 
 
 def soft_min_snr(schedule: Schedule, t: Tensor, *, gamma: float = 4.0) -> Tensor:
-    """Gamma SNR / (SNR + gamma), with gamma 4 = 1 / 0.5^2 that of arXiv:2401.11605, 1 / (sigma^2 + sigma_data^2)."""
+    """SNR gamma / (SNR + gamma), with gamma 4 = 1 / 0.5^2 that of arXiv:2401.11605, 1 / (sigma^2 + sigma_data^2)."""
     return 1 / (1 / _snr(schedule, t) + 1 / _positive("gamma", gamma))
 
 
 def truncated_snr(schedule: Schedule, t: Tensor) -> Tensor:
-    """max(SNR, 1) (arXiv:2202.00512, equation 9)."""
+    """max(SNR, 1) (arXiv:2202.00512, section 4)."""
     return _snr(schedule, t).clamp(min=1)
 
 
 def p2(schedule: Schedule, t: Tensor, *, gamma: float = 1.0, k: float = 1.0) -> Tensor:
-    """SNR / (k + SNR)^gamma: 1 / (k + SNR)^gamma of the error in eps (arXiv:2204.00227, equation 8)."""
+    """SNR / (k + SNR)^gamma: 1 / (k + SNR)^gamma of the error in eps (arXiv:2204.00227)."""
     snr = _snr(schedule, t)
     return snr / (_positive("k", k) + snr) ** _positive("gamma", gamma)
 
