@@ -1,7 +1,7 @@
 """Train the digits once, judge samplers by number of steps, print the table: python tools/sampler_table.py.
 
-About an hour on two CPU cores, most of it for the columns of 250 and 1,000 steps; the solvers of second order, which have
-converged by 250, are not asked for 1,000. What is already drawn is only read.
+About an hour on two CPU cores, most of it for the columns of 250 and 1,000 steps; the solvers of second order, which
+have converged by 250, are not asked for 1,000. What is already drawn is only read.
 """
 
 import argparse

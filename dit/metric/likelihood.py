@@ -43,9 +43,9 @@ def likelihood(
         seed: of all noise.
 
     Returns:
-        `bits_per_dim` by the probability-flow ODE, of images with uniform noise of one grey level;
-        `bits_per_dim_bound`, the variational upper bound for grey levels; and `*_error`, their standard errors over
-        images and noise.
+        `bits_per_dim` by the probability-flow ODE, of images with uniform noise of one grey level; `bits_per_dim_bound`,
+        the variational bound, of grey levels themselves; and `*_error`, their standard errors over images and noise.
+        Noise costs bits where the data have fewer grey levels than 256, so that the bound may then be the lesser.
 
     Raises:
         ValueError: if the network does not see pixels.

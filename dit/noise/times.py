@@ -71,8 +71,9 @@ def cosine_interpolated(
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
-    """The shifted time, shift t / (1 + (shift - 1) t), t in [0, 1]: for flow, sigma / alpha times `shift` (arXiv:2403.03206, eq. 23).
+    """The shifted time, shift t / (1 + (shift - 1) t) for t in [0, 1] (arXiv:2403.03206, equation 23).
 
+    On flow it multiplies sigma / alpha by `shift`.
     More pixels call for more noise: shift = sqrt(pixels / pixels for which shift 1 is right).
 
     Raises:
