@@ -43,9 +43,10 @@ def likelihood(
         seed: of all noise.
 
     Returns:
-        `bits_per_dim` by the probability-flow ODE, of images with uniform noise of one grey level; `bits_per_dim_bound`,
-        the variational bound, of grey levels themselves; and `*_error`, their standard errors over images and noise.
-        Noise costs bits where the data have fewer grey levels than 256, so that the bound may then be the lesser.
+        `bits_per_dim` by the probability-flow ODE, of images with uniform noise of one grey level;
+        `bits_per_dim_bound`, the variational bound, of grey levels themselves; and `*_error`, their standard errors
+        over images and noise. Where the data have fewer than 256 grey levels the noise costs bits, and the bound may
+        be the lesser.
 
     Raises:
         ValueError: if the network does not see pixels.
