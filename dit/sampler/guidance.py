@@ -1,5 +1,6 @@
 """Guidance: a wrapped denoiser, same call in, same call out."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -69,13 +70,13 @@ class Guidance(ABC):
 
     def __call__(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Estimate:
         """The guided estimate of (x0, eps)."""
-        first, last = self.interval or (0.0, self.denoiser.schedule.t_max)
+        first, last = self.interval or (0.0, math.inf)
         inside = (first <= t) & (t <= last)
         if self.scale == 1 or not inside.any():
             estimate = self.denoiser(x_t, t, **cond)
         else:
             told, worse = self.pair(x_t, t, cond)
-            scale = expand_like(torch.where(inside, self.scale, 1.0).to(x_t), x_t)
+            scale = expand_like((1 + (self.scale - 1) * inside.double()).to(x_t.dtype), x_t)
             x0, eps = (b + scale * (a - b) for a, b in ((told.x0, worse.x0), (told.eps, worse.eps)))
             estimate = Estimate(x0, eps, told.variance)
             if self.rescale:
