@@ -43,6 +43,7 @@ def pictures(tmp_path_factory):
     mask = torch.zeros(1, 8, 8, dtype=torch.uint8)
     mask[:, :, 4:] = 255
     (folder / "mask.png").write_bytes(encode_png(mask))
+    (folder / "black.png").write_bytes(encode_png(0 * mask))
     (folder / "wide.png").write_bytes(encode_png(mask.repeat(1, 1, 2)))
     (folder / "text.png").write_text("no picture")
     return folder
@@ -209,6 +210,12 @@ def test_a_damaged_configuration_is_named(tmp_path, text):
         (["run=plain", "image=PICTURES/image.png", "outpaint=3"], "four margins"),
         (["run=plain", "image=PICTURES/image.png", "resample=2"], "resample=2 is for mask"),
         (["run=plain", "image=PICTURES/image.png", "mask=PICTURES/mask.png", "outpaint=[1,1,1,1]"], "not both"),
+        (["run=plain", "image=1"], "image=1 must be the path"),
+        (["run=plain", "image=PICTURES/image.png", "out=PICTURES/image.png"], "would overwrite"),
+        (["run=plain", "image=PICTURES/image.png", "mask=PICTURES/black.png"], "nothing in mask=.* is white"),
+        (["run=plain", "interpolate_to=1.5"], "must be a seed"),
+        (["run=plain", "grid=karras", "grid.rho=1e-300"], "grid.rho=1e-300 must lie"),
+        (["run=plain", "sampler.num_steps=10000000"], "at most 100,000"),
         (["run=plain", "variation=2"], r"variation=2 must lie in"),
         (["run=plain", "variation=0.1", "interpolate_to=2"], "not both"),
         (["run=plain", "guidance=autoguidance", "guidance.weak.run=edm"], "another schedule"),
@@ -243,6 +250,13 @@ def test_likelihood_of_a_run(runs, run):
     assert 0 < figures["bits_per_dim"] < 100 and 0 < figures["bits_per_dim_bound"] < 1e5
     assert figures["bits_per_dim_error"] > 0 and figures["step"] == 3
     assert figures["asked"]["metric"]["num_steps"] == 10
+
+
+def test_wrong_figures_leave_nothing(runs):
+    for option in ("num_steps=0", "num_probes=0", "num_bound_steps=-1"):
+        with pytest.raises(ConfigError, match=f"metric.{option} must be at least 1"):
+            judged(runs, "run=weaker", "metric=likelihood", f"metric.{option}", "num_images=20")
+    assert not (runs / "weaker" / "evaluation.json").exists()
 
 
 def test_a_run_without_a_metric_asks_for_one(runs):

@@ -272,6 +272,8 @@ def _keys(node: DictConfig | ListConfig, prefix: str = "") -> list[str]:
         return []
     keys = []
     for name in node:
+        if str(name).startswith("_"):
+            continue  # Hydra's own
         child = node._get_node(name)
         keys.append(f"{prefix}{name!s}")
         if isinstance(child, DictConfig):

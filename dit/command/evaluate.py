@@ -17,7 +17,7 @@ def check(cfg: DictConfig) -> None:
     Raises:
         ConfigError: naming the value and the way out.
     """
-    check_least(cfg, {"num_images": 2, "batch_size": 1, "seed": 0, "sampler.num_steps": 1, "guidance.scale": 0})
+    check_least(cfg, {"num_images": 20, "batch_size": 1, "seed": 0, "sampler.num_steps": 1, "guidance.scale": 0})
     check_choices(cfg, {"weights": ("ema", "model"), "accelerator": ("auto", "cpu", "gpu")})
     if not cfg.metric:
         raise ConfigError(f"run={cfg.run} has no metric of its own: choose one, like metric=likelihood")

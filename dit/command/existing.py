@@ -68,9 +68,12 @@ def check_writable(out: Path) -> None:
     Raises:
         ValueError: if not.
     """
+    before = out.exists()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.open("ab").close()
+        if not before:
+            out.unlink()
     except OSError as error:
         raise ValueError(f"out={out} cannot be written: {error.strerror}") from error
 

@@ -31,6 +31,13 @@ def check(cfg: DictConfig) -> None:
     for key in ("strength", "variation"):
         if cfg[key] is not None and cfg[key] > 1:
             raise ConfigError(f"{key}={cfg[key]} must lie in [0, 1]")
+    for key in ("image", "mask"):
+        if cfg[key] is not None and not isinstance(cfg[key], str):
+            raise ConfigError(f"{key}={cfg[key]} must be the path of a picture")
+    if cfg.interpolate_to is not None and not isinstance(cfg.interpolate_to, int):
+        raise ConfigError(f"interpolate_to={cfg.interpolate_to} must be a seed, a whole number")
+    if cfg.out is not None and cfg.image is not None and Path(cfg.out).resolve() == Path(cfg.image).resolve():
+        raise ConfigError(f"out={cfg.out} would overwrite image={cfg.image}: choose another name")
     for key in ("mask", "outpaint", "strength"):
         if cfg[key] is not None and cfg.image is None:
             raise ConfigError(f"{key}={cfg[key]} is about a picture: give image=<path>")
@@ -65,7 +72,8 @@ def main(cfg: DictConfig) -> int:
         check_writable(out)
     draw = partial(pipeline, asked, cfg.num_images, seed=cfg.seed, batch_size=cfg.batch_size)
     images = keep(draw(noise=_noise(cfg, pipeline)))
-    out.write_bytes(encode_png(grid(images, min(len(labels), 20, cfg.num_images))))
+    columns = min(len(labels), 20) if len(labels) > 1 else 10
+    out.write_bytes(encode_png(grid(images, min(columns, cfg.num_images))))
     print(f"{cfg.num_images} images of step {step_of(run.checkpoint)}: {out}")
     return 0
 
@@ -134,7 +142,10 @@ def _picture(cfg: DictConfig, size: int, channels: int) -> "tuple[Tensor, Tensor
         raise ValueError(
             f"mask={cfg.mask} has {sizes[1]} pixels, but image={cfg.image} has {sizes[0]}: they must agree"
         )
-    return decode(image, size, channels), decode_mask(mask, size)
+    redraw = decode_mask(mask, size)
+    if not redraw.any():
+        raise ValueError(f"nothing in mask={cfg.mask} is white, so that there is nothing to redraw")
+    return decode(image, size, channels), redraw
 
 
 def _noise(cfg: DictConfig, pipeline: "Pipeline") -> "Tensor | None":

@@ -9,6 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from dit.command.compose import ConfigError, check_least, user_errors
+from dit.command.existing import check_writable
 
 if TYPE_CHECKING:
     from numpy import ndarray as Array
@@ -47,7 +48,7 @@ def check(cfg: DictConfig) -> None:
     Raises:
         ConfigError: naming the value and the way out.
     """
-    check_least(cfg, {"sampler.num_steps": 1}, ["objective.max_weight"])
+    check_least(cfg, {"sampler.num_steps": 1, "noise.num_steps": 1}, ["objective.max_weight"])
     if Path(str(cfg.out)).suffix != ".png":
         raise ConfigError(f"out={cfg.out}: the picture is a PNG; give a name that ends in .png")
 
@@ -65,16 +66,13 @@ def main(cfg: DictConfig) -> int:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise ImportError("dit schedule needs matplotlib: pip install 'ditforge[plot]'") from error
+        check_writable(Path(cfg.out))
         curves = _curves(cfg)
     figure = Figure(figsize=(12, 7), layout="constrained")
     figure.suptitle(_names(cfg), fontsize=11)
     figure.supxlabel(textwrap.fill(_values(cfg), 190), fontsize=7.5, color="0.4")
     _draw(figure.subplots(2, 3), curves)
-    try:
-        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(cfg.out, dpi=120)
-    except OSError as error:
-        raise ConfigError(f"out={cfg.out} cannot be written: {error.strerror}") from error
+    figure.savefig(cfg.out, dpi=120)
     low, middle, high = curves.quantiles(0.05, 0.5, 0.95)
     first, last = curves.steps_log_snr[0], curves.steps_log_snr[-2]
     print(f"{cfg.out}: {_names(cfg)}")

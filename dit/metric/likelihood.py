@@ -52,6 +52,9 @@ def likelihood(
         ValueError: if the network does not see pixels.
     """
     images, labels = (part[:num_images] for part in held_out)
+    for name, value in {"num_steps": num_steps, "num_probes": num_probes, "num_bound_steps": num_bound_steps}.items():
+        if value < 1:
+            raise ValueError(f"metric.{name}={value} must be at least 1")
     if tuple(images.shape[1:]) != subject.shape:
         raise ValueError(
             f"metric=likelihood is that of pixels, {tuple(images.shape[1:])}; the network sees {subject.shape}"

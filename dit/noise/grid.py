@@ -58,8 +58,8 @@ def karras(
         sigma_min: the least sigma / alpha before 0; None: that of a schedule's first discrete step, otherwise 0.002.
         sigma_max: the greatest, if the schedule's own is greater still.
     """
-    if not 0 < rho < math.inf:
-        raise ValueError(f"grid.rho={rho} must be positive, like 7")
+    if not 0.1 <= rho <= 100:
+        raise ValueError(f"grid.rho={rho} must lie between 0.1 and 100, like 7")
     first, last = (end ** (1 / rho) for end in _ends(schedule, sigma_min, sigma_max))
     return _at(schedule, torch.linspace(first, last, _checked(num_steps), dtype=torch.float64) ** rho)
 
@@ -88,8 +88,8 @@ def _fractions(num_steps: int) -> Tensor:
 
 
 def _checked(num_steps: int) -> int:
-    if num_steps < 1:
-        raise ValueError(f"sampler.num_steps={num_steps} must be at least 1: sampling needs a step")
+    if not 1 <= num_steps <= 100_000:
+        raise ValueError(f"num_steps={num_steps} must be at least 1, and at most 100,000: sampling needs a step")
     return num_steps
 
 

@@ -224,8 +224,8 @@ class Run:
             default_root_dir=self.folder,
             callbacks=[
                 recorder,
+                checkpoints,  # before the preview, which may take long
                 preview,
-                checkpoints,
                 LambdaCallback(on_train_end=lambda *_: self._finish(module, trainer, recorder, preemption)),
             ],
         )
