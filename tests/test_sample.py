@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -62,7 +63,7 @@ def draw(runs, *overrides):
 def drawn(path, number, zoom=6):
     """The pixels of the images of one row, (N, 8, 8)."""
     with Image.open(path) as picture:
-        pixels = torch.tensor(list(picture.getdata())).reshape(picture.height, picture.width)
+        pixels = torch.from_numpy(np.array(picture)).long()
     gap = 8 * zoom + max(1, 8 * zoom // 24)
     return torch.stack([pixels[: 8 * zoom : zoom, i * gap : i * gap + 8 * zoom : zoom] for i in range(number)])
 
@@ -134,7 +135,7 @@ def test_strength(runs, pictures, tmp_path):
     """0 returns the picture, 1 forgets it."""
     command = ("run=plain", "labels=[3]", "num_images=2", f"out={tmp_path}/a.png")
     with Image.open(pictures / "image.png") as file:
-        image = torch.tensor(list(file.getdata())).reshape(8, 8)
+        image = torch.from_numpy(np.array(file)).long()
     edit = f"image={pictures}/image.png"
     wide = ("labels=[3,3]",)
     assert torch.equal(drawn(draw(runs, *command, *wide, edit, "strength=0"), 2), image.expand(2, 8, 8))
@@ -146,7 +147,7 @@ def test_strength(runs, pictures, tmp_path):
 @pytest.mark.parametrize("more", [[], ["resample=3"], ["sampler=dpmpp"], ["sampler=ddpm", "strength=0.7"]], ids=str)
 def test_inpainting_keeps_the_known_pixels_exactly(runs, pictures, tmp_path, more):
     with Image.open(pictures / "image.png") as file:
-        image = torch.tensor(list(file.getdata())).reshape(8, 8)
+        image = torch.from_numpy(np.array(file)).long()
     edit = (f"image={pictures}/image.png", f"mask={pictures}/mask.png", "sampler.num_steps=5", "labels=[1,2]")
     images = drawn(draw(runs, "run=plain", "num_images=2", f"out={tmp_path}/a.png", *edit, *more), 2)
     assert torch.equal(images[:, :, :4], image[:, :4].expand(2, 8, 4))
