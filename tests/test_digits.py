@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from dit.command.compose import compose
 from dit.metric.classifier import judge
-from dit.train import trained
+from dit.train import saved, trained
 from dit.train.build import Parts, build
 from dit.train.run import Run
 
@@ -44,7 +44,7 @@ def test_hidden_halves_are_completed_to_plausible_digits(run, capsys):
 def test_few_steps_of_a_solver_are_as_good_as_many_of_ddpm(run):
     figures = {}
     for name, steps in [("ddpm", 250), ("ddim", 50), ("dpmpp", 20), ("heun", 18), ("unipc", 20), ("ddim", 3)]:
-        cfg = trained.config(run)
+        cfg = saved.config(run)
         cfg.sampler = OmegaConf.load(Path(__file__).parents[1] / "conf" / "sampler" / f"{name}.yaml")
         cfg.sampler.num_steps = steps
         parts, data = Parts(cfg), build(cfg.data)

@@ -4,8 +4,8 @@ from functools import partial
 import pytest
 import torch
 from exact import SCHEDULES
+from test_sampler import PREDICTIONS, tiny_denoiser
 
-from dit.model.dit import DiT
 from dit.noise import prediction, times, weight
 from dit.noise.denoiser import Denoiser, Output
 from dit.noise.draw import Draw
@@ -18,8 +18,6 @@ from dit.objective.objective import Batch
 from dit.objective.uncertainty import Uncertainty
 from dit.sampler import ancestral
 
-PREDICTIONS = {name: getattr(prediction, name) for name in ("eps", "x0", "v", "flow", "edm")}
-
 
 def plain(predicted):
     """The weight of conf/weight/none.yaml."""
@@ -30,16 +28,6 @@ def batch(size=16, seed=0, channels=1):
     generator = torch.Generator().manual_seed(seed)
     x0 = torch.rand(size, channels, 4, 4, generator=generator) * 2 - 1
     return Batch(x0, {"label": torch.arange(size) % 3}, Draw(seed, 0, range(4), size))
-
-
-def tiny_denoiser(schedule, predicted, **options):
-    torch.manual_seed(0)
-    sizes = {"input_size": 4, "in_channels": 1, "patch_size": 2, "hidden_size": 16, "depth": 1, "num_heads": 2}
-    network = DiT(**sizes | {"num_classes": 3} | options)
-    for p in network.parameters():
-        if p.requires_grad:
-            torch.nn.init.normal_(p, std=0.1)
-    return Denoiser(network, schedule, predicted)
 
 
 def loss_of(objective, denoiser, batch):

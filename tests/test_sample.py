@@ -50,13 +50,19 @@ def pictures(tmp_path_factory):
     return folder
 
 
+def run_verb(verb, runs, *overrides):
+    """Run a verb as the command line does; its configuration."""
+    overrides = [f"runs_dir={runs}", "accelerator=cpu", *overrides]
+    verb.prepare(overrides)
+    cfg = compose(verb.__name__.rpartition(".")[2], overrides)
+    verb.check(cfg)
+    assert verb.main(cfg) == 0
+    return cfg
+
+
 def draw(runs, *overrides):
     """What `dit sample` writes."""
-    overrides = [f"runs_dir={runs}", "accelerator=cpu", *overrides]
-    sample.prepare(overrides)
-    cfg = compose("sample", overrides)
-    sample.check(cfg)
-    assert sample.main(cfg) == 0
+    cfg = run_verb(sample, runs, *overrides)
     return Path(cfg.out) if cfg.out else runs / cfg.run / "samples" / f"seed-{cfg.seed}.png"
 
 
@@ -235,11 +241,7 @@ def test_mistakes_are_answered(runs, pictures, overrides, message):
 
 def judged(runs, *overrides):
     """What `dit evaluate` writes."""
-    overrides = [f"runs_dir={runs}", "accelerator=cpu", *overrides]
-    evaluate.prepare(overrides)
-    cfg = compose("evaluate", overrides)
-    evaluate.check(cfg)
-    assert evaluate.main(cfg) == 0
+    cfg = run_verb(evaluate, runs, *overrides)
     return json.loads((runs / cfg.run / "evaluation.json").read_text())
 
 

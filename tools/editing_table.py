@@ -14,7 +14,7 @@ from torch import Tensor
 from dit.data.image import encode_png, grid
 from dit.metric.classifier import Classifier, to_float, train_classifier
 from dit.sampler.editing import edited
-from dit.train import trained
+from dit.train import saved, trained
 from dit.train.build import Parts, build
 
 
@@ -37,7 +37,7 @@ def main() -> None:
 
 def table(folder: Path, resample: list[int], out: Path | None = None) -> dict[str, Any]:
     """The figures of a run's folder."""
-    cfg = trained.config(folder)
+    cfg = saved.config(folder)
     parts, data = Parts(cfg), build(cfg.data)
     denoiser, latent = trained.load(parts, trained.newest(folder)), parts.latent()
     train, (images, labels) = data.read(data.path), data.read(data.held_out)

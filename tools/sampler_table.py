@@ -9,19 +9,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-from dit.train import trained
+from omegaconf import OmegaConf
+
+from dit.command.compose import config_dir
+from dit.train import saved, trained
 from dit.train.build import Parts, build
 
 RECIPE = ["noise=cosine", "prediction=v", "trainer.max_steps=10000", "ema.decay=0.999"]
-SAMPLERS: dict[str, dict[str, Any]] = {
-    "DDPM": {"_target_": "dit.sampler.ancestral.sample", "eta": 1.0},
-    "DDIM": {"_target_": "dit.sampler.ancestral.sample", "eta": 0.0},
-    "Heun": {"_target_": "dit.sampler.heun.sample"},
-    "DPM-Solver++ 2M": {"_target_": "dit.sampler.dpmpp.sample"},
-    "UniPC-2": {"_target_": "dit.sampler.unipc.sample"},
-}
+SAMPLERS = {"DDPM": "ddpm", "DDIM": "ddim", "Heun": "heun", "DPM-Solver++ 2M": "dpmpp", "UniPC-2": "unipc"}
 
 
 FIRST_ORDER = ("DDPM", "DDIM")
@@ -39,7 +35,7 @@ def main() -> None:
     command = [sys.executable, "-m", "dit", "train", "experiment=digits", "run=sampler_table", *RECIPE]
     subprocess.run([*command, f"runs_dir={options.runs_dir}"], check=True, stdout=sys.stderr)
 
-    cfg = trained.config(folder)
+    cfg = saved.config(folder)
     data = build(cfg.data)
     train, held_out = data.read(data.path), data.read(data.held_out)
     path = trained.newest(folder)
@@ -49,7 +45,8 @@ def main() -> None:
         for name, sampler in SAMPLERS.items():
             if f"{name} {num_steps}" in figures or (num_steps > 250 and name not in FIRST_ORDER):
                 continue
-            cfg.sampler = {**sampler, "_partial_": True, "num_steps": num_steps}
+            cfg.sampler = OmegaConf.load(config_dir() / "sampler" / f"{sampler}.yaml")
+            cfg.sampler.num_steps = num_steps
             parts = Parts(cfg)
             subject = parts.subject(trained.load(parts, path), parts.latent(), seed=0, batch_size=500)
             judged = build(cfg.metric)(subject, train, held_out, num_images=options.num_images)

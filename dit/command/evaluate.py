@@ -5,8 +5,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from dit.command.compose import ConfigError, check_choices, check_least, user_errors
-from dit.command.existing import check_writable, load, offer
+from dit.command.compose import ConfigError, user_errors
+from dit.command.existing import check_run, check_writable, load, offer
 
 prepare = offer
 
@@ -17,8 +17,7 @@ def check(cfg: DictConfig) -> None:
     Raises:
         ConfigError: naming the value and the way out.
     """
-    check_least(cfg, {"num_images": 20, "batch_size": 1, "seed": 0, "sampler.num_steps": 1, "guidance.scale": 0})
-    check_choices(cfg, {"weights": ("ema", "model"), "accelerator": ("auto", "cpu", "gpu")})
+    check_run(cfg, {"num_images": 20})
     if not cfg.metric:
         raise ConfigError(f"run={cfg.run} has no metric of its own: choose one, like metric=likelihood")
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from dit.command.compose import ConfigError, check_run_name
+from dit.command.compose import ConfigError, check_choices, check_least, check_run_name, user_errors
+from dit.train import saved
 
 if TYPE_CHECKING:
     import torch
@@ -42,24 +43,37 @@ def offer(overrides: Sequence[str] | None) -> None:
         return _store({})
     given = dict(override.split("=", 1) for override in overrides if "=" in override)
     runs_dir = Path(given.get("runs_dir", "runs"))
-    there = sorted(path.parent.name for path in runs_dir.glob("*/config.yaml"))
-    choice = f"runs in {runs_dir}: {', '.join(there)}" if there else f"there is none yet in {runs_dir}"
     if "run" not in given:
-        raise ConfigError(f"whose weights? give run=<name>; {choice}")
+        raise ConfigError(f"whose weights? give run=<name>; {saved.choice(runs_dir)}")
     check_run_name(given["run"])
-    if given["run"] not in there:
-        raise ConfigError(f"run={given['run']}: no such run; {choice}")
-    path = runs_dir / given["run"] / "config.yaml"
-    try:
-        return _store(OmegaConf.load(path))
-    except Exception as error:  # YAML and OmegaConf raise many kinds
-        raise ConfigError(f"{path} is damaged, restore it: {' '.join(str(error).split())[:200]}") from error
+    with user_errors():
+        return _store(saved.config(runs_dir / given["run"]))
 
 
 def _store(config: Any) -> None:
     for group in AS_THE_RUN_HAD_IT:
         node = config[group] if config else {}
         ConfigStore.instance().store(group=group, name="run", node=OmegaConf.create({} if node is None else node))
+
+
+def check_run(cfg: DictConfig, least: dict[str, float]) -> None:
+    """What can be said of what these verbs have in common, and of numbers that must not be smaller.
+
+    Raises:
+        ConfigError: naming the value and the way out.
+    """
+    check_least(cfg, {"batch_size": 1, "seed": 0, "sampler.num_steps": 1, "guidance.scale": 0, **least})
+    check_choices(cfg, {"weights": ("ema", "model"), "accelerator": ("auto", "cpu", "gpu")})
+
+
+def check_picture(out: str) -> None:
+    """The name of a picture to write.
+
+    Raises:
+        ConfigError: if it is not a PNG's.
+    """
+    if Path(str(out)).suffix != ".png":
+        raise ConfigError(f"out={out}: the picture is a PNG; give a name that ends in .png")
 
 
 def check_writable(out: Path) -> None:
@@ -78,12 +92,11 @@ def check_writable(out: Path) -> None:
         raise ValueError(f"out={out} cannot be written: {error.strerror}") from error
 
 
-def load(cfg: DictConfig, step: int | None = None) -> Loaded:
+def load(cfg: DictConfig) -> Loaded:
     """The run that a configuration names, sampled as the configuration says.
 
     Args:
         cfg: with run, runs_dir, weights, accelerator, and the groups that may be chosen anew.
-        step: of the checkpoint; None: the newest.
 
     Raises:
         ValueError: if something does not fit together, or there is no checkpoint.
@@ -95,9 +108,9 @@ def load(cfg: DictConfig, step: int | None = None) -> Loaded:
 
     folder = Path(cfg.runs_dir) / cfg.run
     chosen = {group: cfg[group] for group in AS_THE_RUN_HAD_IT if group in cfg}
-    had: Any = trained.config(folder)
+    had: Any = saved.config(folder)
     parts = Parts(OmegaConf.create({**had, "runs_dir": cfg.runs_dir, **chosen}))
-    path = trained.newest(folder, step)
+    path = trained.newest(folder)
     device = torch.device("cuda" if cfg.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     if cfg.accelerator == "gpu" and device.type == "cpu":
         raise ValueError("accelerator=gpu, but torch sees none: choose accelerator=cpu")

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, ListConfig
 
-from dit.command.compose import ConfigError, check_choices, check_least, user_errors
-from dit.command.existing import Loaded, check_writable, load, offer
+from dit.command.compose import ConfigError, user_errors
+from dit.command.existing import Loaded, check_picture, check_run, check_writable, load, offer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,11 +23,9 @@ def check(cfg: DictConfig) -> None:
     Raises:
         ConfigError: naming the value and the way out.
     """
-    least = {"num_images": 1, "batch_size": 1, "seed": 0, "sampler.num_steps": 1, "guidance.scale": 0}
-    check_least(cfg, {**least, "resample": 1, "strength": 0, "variation": 0, "interpolate_to": 0})
-    check_choices(cfg, {"weights": ("ema", "model"), "accelerator": ("auto", "cpu", "gpu")})
-    if cfg.out is not None and Path(str(cfg.out)).suffix != ".png":
-        raise ConfigError(f"out={cfg.out}: the picture is a PNG; give a name that ends in .png")
+    check_run(cfg, {"num_images": 1, "resample": 1, "strength": 0, "variation": 0, "interpolate_to": 0})
+    if cfg.out is not None:
+        check_picture(cfg.out)
     for key in ("strength", "variation"):
         if cfg[key] is not None and cfg[key] > 1:
             raise ConfigError(f"{key}={cfg[key]} must lie in [0, 1]")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from dit.command.compose import ConfigError, check_least, user_errors
-from dit.command.existing import check_writable
+from dit.command.compose import check_least, user_errors
+from dit.command.existing import check_picture, check_writable
 
 if TYPE_CHECKING:
     from numpy import ndarray as Array
@@ -49,8 +49,7 @@ def check(cfg: DictConfig) -> None:
         ConfigError: naming the value and the way out.
     """
     check_least(cfg, {"sampler.num_steps": 1, "noise.num_steps": 1}, ["objective.max_weight"])
-    if Path(str(cfg.out)).suffix != ".png":
-        raise ConfigError(f"out={cfg.out}: the picture is a PNG; give a name that ends in .png")
+    check_picture(cfg.out)
 
 
 def tell_apart(cfg: DictConfig, suffix: str) -> None:

@@ -104,27 +104,27 @@ def log_likelihood(
     """
     probes = torch.randint(0, 2, (num_probes, *x.shape), generator=generator).to(x) * 2 - 1
 
-    def step(x: Tensor, at: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """Y's change from t to s, from what is said of x at a time, and its trace."""
-        d_alpha, d_sigma = (c_s - c_t for c_t, c_s in zip(coordinates(t), coordinates(s), strict=True))
+    def step(y: Tensor, t: Tensor, d_alpha: Tensor, d_sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """A step's change of y, from what is said at y and t, and its trace."""
+        c = schedule.straight(t)
         with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            estimate = denoise(x, at)
+            x = (c * y).detach().requires_grad_()
+            estimate = denoise(x, t)
             change = d_alpha * estimate.x0 + d_sigma * estimate.eps
             products = [torch.autograd.grad(change, x, e, retain_graph=True)[0] for e in probes]
         trace = sum((product * e).flatten(1).sum(1) for product, e in zip(products, probes, strict=True)) / num_probes
-        return change.detach(), trace * schedule.straight(at)
+        return change.detach(), trace * c
 
     def coordinates(t: Tensor) -> tuple[Tensor, Tensor]:
-        level = schedule(t)
-        return level.alpha / schedule.straight(t), level.sigma / schedule.straight(t)
+        level, c = schedule(t), schedule.straight(t)
+        return level.alpha / c, level.sigma / c
 
-    first, dimensions = times[-1], x[0].numel()
-    y = schedule(first).alpha / schedule.straight(first) * x
-    log_p = dimensions * (schedule(first).alpha / schedule.straight(first)).log().to(x) + torch.zeros(len(x)).to(x)
+    dimensions, (alpha, _) = x[0].numel(), coordinates(times[-1])
+    y, log_p = alpha * x, dimensions * alpha.log()
     for t, s in pairwise(times.flip(0)):
-        change, trace = step(schedule.straight(t) * y, t, t, s)
-        change_s, trace_s = step(schedule.straight(s) * (y + change), s, t, s)
+        difference = [after - before for before, after in zip(coordinates(t), coordinates(s), strict=True)]
+        change, trace = step(y, t, *difference)
+        change_s, trace_s = step(y + change, s, *difference)
         y, log_p = y + (change + change_s) / 2, log_p + (trace + trace_s) / 2
     c, sigma = schedule.straight(times[0]), schedule(times[0]).sigma
     normal = -((c * y / sigma).square() / 2).flatten(1).sum(1) - dimensions * (sigma * math.sqrt(2 * math.pi)).log()

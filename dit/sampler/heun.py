@@ -57,10 +57,10 @@ def sample(
             "must not be negative"
         )
     for t, s in pairs(times):
-        ratio = schedule(t).sigma / schedule(t).alpha
-        if churn > 0 and churn_min <= ratio <= churn_max and ratio.isfinite():
-            x, t = _noisier(schedule, x, t, churn, churn_noise, generator)
         now, following = schedule(t), schedule(s)
+        if churn > 0 and now.alpha > 0 and churn_min <= now.sigma / now.alpha <= churn_max:
+            x, t = _noisier(schedule, x, t, churn, churn_noise, generator)
+            now = schedule(t)
         c_t, c_s = schedule.straight(t), schedule.straight(s)
         d_alpha, d_sigma = following.alpha - now.alpha * c_s / c_t, following.sigma - now.sigma * c_s / c_t
         x0, eps, _ = denoise(x, t)

@@ -63,7 +63,8 @@ class Run:
         self.parts = Parts(cfg)
         self.num_micro_batches = _num_micro_batches(cfg.trainer)
         self.objective = build(cfg.objective)
-        self.objective.check(self.parts.denoiser("meta"))
+        denoiser = self.parts.denoiser("meta")
+        self.objective.check(denoiser)
         self.tracker = build(cfg.logger)
         self.data = build(cfg.data)
         self.data.check()  # before the optimizer, whose making imports torch's compiler, which takes seconds
@@ -71,10 +72,9 @@ class Run:
             raise ValueError("data.held_out=null, but the metric needs held-out images: give a folder, or metric=none")
         if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
             raise ValueError("trainer.accelerator=gpu, but torch sees no GPU: choose trainer=cpu")
-        network = self.parts.denoiser("meta").network
-        build(cfg.optimizer)(network.parameters())
-        build(cfg.ema)(network)
-        self.num_parameters = sum(p.numel() for p in network.parameters())
+        build(cfg.optimizer)(denoiser.network.parameters())
+        build(cfg.ema)(denoiser.network)
+        self.num_parameters = sum(p.numel() for p in denoiser.network.parameters())
         self.latent = self.parts.latent()
 
         self.folder = Path(cfg.runs_dir) / cfg.run

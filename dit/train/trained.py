@@ -1,12 +1,9 @@
 """What a run has learned: its parts and its weights."""
 
 from pathlib import Path
-from typing import Any
-
-from omegaconf import DictConfig, OmegaConf
 
 from dit.noise.denoiser import Denoiser
-from dit.train import checkpoint
+from dit.train import checkpoint, saved
 from dit.train.build import Parts
 
 
@@ -31,23 +28,6 @@ def newest(folder: Path, step: int | None = None) -> Path:
     return there[step]
 
 
-def config(folder: Path) -> DictConfig:
-    """The configuration with which a run was trained.
-
-    Raises:
-        ValueError: if there is no such run, or its configuration is damaged.
-    """
-    path = folder / "config.yaml"
-    if not path.exists():
-        there = sorted(other.parent.name for other in folder.parent.glob("*/config.yaml"))
-        raise ValueError(f"run={folder.name}: no such run in {folder.parent}; there are {', '.join(there) or 'none'}")
-    try:
-        cfg: Any = OmegaConf.load(path)
-        return cfg
-    except Exception as error:  # YAML and OmegaConf raise many kinds
-        raise ValueError(f"{path} is damaged, restore it: {' '.join(str(error).split())[:200]}") from error
-
-
 def load(parts: Parts, path: Path, weights: str = "ema") -> Denoiser:
     """The denoiser of a checkpoint, for sampling; on the CPU.
 
@@ -69,7 +49,7 @@ def denoiser(run: str, runs_dir: str = "runs", weights: str = "ema", step: int |
         ValueError: if there is no such run or checkpoint.
     """
     folder = Path(runs_dir) / run
-    cfg = config(folder)
+    cfg = saved.config(folder)
     # That of the run may name a weaker run in its turn.
     cfg.guidance = {"_target_": "dit.sampler.guidance.ClassifierFree", "_partial_": True}
     return load(Parts(cfg), newest(folder, step), weights)
