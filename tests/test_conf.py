@@ -38,9 +38,11 @@ def test_every_experiment_composes_and_is_headed(experiment):
     assert "ot yet run" in head or "ccuracy" in head
 
 
-@pytest.mark.parametrize("choice", sorted(GROUPS - {"model=dit", "trainer=base"}))
+@pytest.mark.parametrize("choice", sorted(GROUPS - {"model=dit", "model=unet", "trainer=base"}))
 def test_every_option_of_every_group_composes(choice):
     more = {"data=webdataset": ["data.path=x"], "guidance=autoguidance": ["guidance.weak.run=x"]}
+    if choice.startswith("init=") and choice != "init=none":
+        more[choice] = ["init.path=x"]
     compose("train", ["experiment=digits", choice, *more.get(choice, [])])
 
 

@@ -22,11 +22,15 @@ def png(value, size=8):
     return encode_png(torch.full((1, size, size), value, dtype=torch.uint8))
 
 
+def files(i, label):
+    return {"png": png(i), "cls": b"%d" % label, "txt": f" number {i}\n".encode()}
+
+
 @pytest.fixture
 def shards(tmp_path):
     """Five shards of ten, the last of three."""
     folder = tmp_path / "train"
-    write_shards(folder, ((png(i), i % 10) for i in range(43)), 10)
+    write_shards(folder, (files(i, i % 10) for i in range(43)), 10)
     return folder
 
 
@@ -36,7 +40,7 @@ def stream(folder, **options):
 
 def keys(folder, number, batch_size=4, seed=0, first_step=0, **options):
     batches = stream(folder, **options).batches(batch_size, seed, first_step)
-    return [batch["key"] for batch in itertools.islice(batches, number)]
+    return [list(batch["key"]) for batch in itertools.islice(batches, number)]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2, 3])
@@ -67,7 +71,7 @@ def test_a_batch_holds_images_and_classes(shards):
 def test_flips_are_keyed_and_fresh_every_epoch(shards):
     image = torch.arange(8, dtype=torch.uint8).expand(1, 8, 8)
     folder = shards.parent / "ramps"
-    write_shards(folder, ((encode_png(image), 0) for _ in range(40)), 10)
+    write_shards(folder, ({"png": encode_png(image), "cls": b"0"} for _ in range(40)), 10)
 
     def flips(seed):
         """Which samples are mirrored, an epoch a row."""
@@ -88,7 +92,7 @@ def test_flips_are_keyed_and_fresh_every_epoch(shards):
 def test_digits_are_real_and_packed_once(digits_dir, tmp_path):
     train, held_out = digits_dir / "digits" / "train", digits_dir / "digits" / "held_out"
     data = WebDataset(str(train), **DIGITS, held_out=str(held_out), pack=pack)
-    (images, labels), (others, _) = data.read(train), data.read(held_out)
+    images, labels, others = data.read(train)["image"], data.read(train)["label"], data.read(held_out)["image"]
     assert (len(images), len(others)) == (1257, 540)
     assert labels.bincount().min() > 100 and len(labels.bincount()) == 10
     distances = torch.cdist(others.flatten(1).float(), images.flatten(1).float())
@@ -100,7 +104,7 @@ def test_digits_are_real_and_packed_once(digits_dir, tmp_path):
 
 def test_a_shard_cut_anywhere_is_found(tmp_path):
     folder = tmp_path / "one"
-    write_shards(folder, ((png(i), i) for i in range(3)), 10)
+    write_shards(folder, (files(i, i) for i in range(3)), 10)
     path = folder / "000000.tar"
     whole = path.read_bytes()
     used = len(whole.rstrip(b"\0")) // 512 * 512 + 512
@@ -149,7 +153,7 @@ def test_missing_and_empty_folders_are_named(tmp_path):
     ("members", "message"),
     [
         ({"a.png": b"no image", "a.cls": b"1"}, "sample a of .* cannot be read"),
-        ({"a.png": png(1)}, r"has no class; expected a member a\.cls"),
+        ({"a.png": png(1)}, r"has no label: it needs a\.cls"),
         ({"a.cls": b"1"}, "has no image"),
         ({"a.png": png(1), "a.cls": b"10"}, "has the class 10, but data.num_classes=10"),
     ],

@@ -39,7 +39,7 @@ def network(name):
     """A published size on the meta device, composed as users do."""
     cfg = compose("train", ["run=x", "data=webdataset", "data.path=x", "latent=sd_vae", f"model=dit_{name}"])
     with torch.device("meta"):
-        return instantiate(cfg.model)()
+        return instantiate(cfg.model)(num_classes=1000)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

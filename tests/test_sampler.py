@@ -361,15 +361,3 @@ def test_a_condition_that_cannot_be_left_out_cannot_guide():
         ClassifierFree(denoiser, Label(3, dropout=0.0).null, scale=2.0)
     estimate = ClassifierFree(denoiser, Unconditional().null)(X, T)
     assert estimate.x0.shape == X.shape
-
-
-def test_labels_and_their_dropout():
-    label = Label(10, dropout=0.3)
-    cond = label({"label": torch.arange(10)})
-    dropped = label.drop(cond, torch.arange(10) / 10)
-    assert dropped["label"].tolist() == [10, 10, 10, 3, 4, 5, 6, 7, 8, 9]
-    assert label.null(cond)["label"].tolist() == [10] * 10
-    with pytest.raises(ValueError, match="from 0 to 9"):
-        label({"label": [10]})
-    with pytest.raises(ValueError, match=r"dropout=1\.5"):
-        Label(10, dropout=1.5)

@@ -221,11 +221,7 @@ def test_a_longer_run_that_was_killed_before_its_end_is_summed_up_anew(config):
             "nowhere",
         ),
         (["metric=classifier", "data.held_out=null"], "data.held_out=null"),
-        (["model.num_classes=5"], "model.num_classes=5 differs from condition.num_classes=10"),
-        (
-            ["condition.num_classes=5", "model.num_classes=5"],
-            "condition.num_classes=5 differs from data.num_classes=10",
-        ),
+        (["condition.num_classes=5"], "condition.num_classes=5 differs from data.num_classes=10"),
         (["latent.size=16"], "latent.size=16 is not data.image_size=8"),
         (["latent.channels=3"], "latent.channels=3 differs from data.channels=1"),
         (["noise=flow", "prediction=v", "times=discrete"], "Flow has no discrete steps: choose times=uniform"),

@@ -40,18 +40,19 @@ def table(folder: Path, resample: list[int], out: Path | None = None) -> dict[st
     cfg = saved.config(folder)
     parts, data = Parts(cfg), build(cfg.data)
     denoiser, latent = trained.load(parts, trained.newest(folder)), parts.latent()
-    train, (images, labels) = data.read(data.path), data.read(data.held_out)
+    train, held_out = data.read(data.path), data.read(data.held_out)
+    images, labels = held_out["image"], held_out["label"]
     hide = torch.zeros(images.shape[-2:], dtype=torch.bool)
     hide[:, images.shape[-1] // 2 :] = True
     half = torch.where(hide, 0, images)
-    classifier = train_classifier(train[0], train[1], cfg.data.num_classes, seed=1)
-    of_halves = train_classifier(torch.where(hide, 0, train[0]), train[1], cfg.data.num_classes, seed=1)
+    classifier = train_classifier(train["image"], train["label"], cfg.data.num_classes, seed=1)
+    of_halves = train_classifier(torch.where(hide, 0, train["image"]), train["label"], cfg.data.num_classes, seed=1)
 
     def draw(told: bool = True, **options: Any) -> Tensor:
         pipeline = parts.pipeline(denoiser, latent)
         pipeline.sampler = edited(pipeline.sampler, to_float(images), **options)
         if not told:
-            pipeline.guided = lambda x_t, t, label: denoiser(x_t, t, **parts.condition.null({"label": label}))
+            pipeline.guidance = lambda denoiser, null: lambda x_t, t, **cond: denoiser(x_t, t, **null(cond))
         return pipeline({"label": labels}, len(images), batch_size=len(images))
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ from dit.command.existing import Loaded, check_picture, check_run, check_writabl
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dit.condition.condition import Condition
     from dit.sampler.pipeline import Pipeline
 
 prepare = offer
@@ -23,10 +24,11 @@ def check(cfg: DictConfig) -> None:
     Raises:
         ConfigError: naming the value and the way out.
     """
-    check_run(cfg, {"num_images": 1, "resample": 1, "strength": 0, "variation": 0, "interpolate_to": 0})
+    shares = ("strength", "variation", "noise_level")
+    check_run(cfg, {"num_images": 1, "resample": 1, "interpolate_to": 0, **dict.fromkeys(shares, 0)})
     if cfg.out is not None:
         check_picture(cfg.out)
-    for key in ("strength", "variation"):
+    for key in shares:
         if cfg[key] is not None and cfg[key] > 1:
             raise ConfigError(f"{key}={cfg[key]} must lie in [0, 1]")
     for key in ("image", "mask"):
@@ -60,29 +62,86 @@ def main(cfg: DictConfig) -> int:
 
     with user_errors():
         run = load(cfg)
-        num_classes = run.parts.cfg.condition.num_classes
-        labels = _labels(cfg.labels, num_classes)
-        asked = {"label": [labels[i % len(labels)] for i in range(cfg.num_images)]} if num_classes else {}
-        run.parts.condition(asked)
+        condition = run.parts.condition
         pipeline = run.parts.pipeline(run.denoiser, run.latent)
-        keep = _edit(cfg, run, pipeline)
+        picture = _picture(cfg, run) if cfg.image is not None else None
+        asked = {
+            **_in_turn("labels", "label", _labels(cfg.labels, condition.sizes.get("num_classes", 0)), cfg, condition),
+            **_in_turn("prompt", "caption", _prompts(cfg.prompt), cfg, condition),
+            **_pictures(cfg, condition, picture),
+        }
+        avoid = _avoided(cfg, condition)
+        keep = _edit(cfg, run, pipeline, *picture) if picture and not _enlarges(condition) else lambda images: images
         out = Path(cfg.out) if cfg.out else Path(cfg.runs_dir) / cfg.run / "samples" / f"seed-{cfg.seed}.png"
         check_writable(out)
-    draw = partial(pipeline, asked, cfg.num_images, seed=cfg.seed, batch_size=cfg.batch_size)
-    images = keep(draw(noise=_noise(cfg, pipeline)))
-    columns = min(len(labels), 20) if len(labels) > 1 else 10
+    draw = partial(pipeline, asked, cfg.num_images, seed=cfg.seed, batch_size=cfg.batch_size, avoid=avoid)
+    with user_errors():  # what is asked for is looked at batch by batch
+        images = keep(draw(noise=_noise(cfg, pipeline)))
+    kinds = len(set(asked.get("caption", ())) or set(asked.get("label", ())))
+    columns = min(kinds, 20) if kinds > 1 else 10
     out.write_bytes(encode_png(grid(images, min(columns, cfg.num_images))))
     print(f"{cfg.num_images} images of step {step_of(run.checkpoint)}: {out}")
     return 0
 
 
+def _in_turn(key: str, ask: str, values: list[Any], cfg: DictConfig, condition: "Condition") -> dict[str, list[Any]]:
+    """A field of what is asked for, its values in turn; none if the network is not told it."""
+    if ask in condition.asks:
+        return {ask: [values[i % len(values)] for i in range(cfg.num_images)]}
+    if cfg[key] is not None:
+        told = f"told {' and '.join(condition.asks)}, but no {ask}" if condition.asks else "unconditional"
+        raise ValueError(f"{key}={cfg[key]}: run={cfg.run} is {told}; leave {key} out")
+    return {}
+
+
+def _prompts(prompt: Any) -> list[str]:
+    """The captions to draw, in turn; without any, nothing is told."""
+    prompts = list(prompt) if isinstance(prompt, ListConfig) else ["" if prompt is None else prompt]
+    if not prompts:
+        raise ValueError("prompt=[]: give a caption, like prompt='a seven', or several, prompt=['a one','a two']")
+    return [str(text) for text in prompts]
+
+
+def _avoided(cfg: DictConfig, condition: "Condition") -> dict[str, list[str]] | None:
+    """What guidance leads away from, if not from nothing told."""
+    if cfg.negative_prompt is None:
+        return None
+    if "caption" not in condition.asks:
+        raise ValueError(f"negative_prompt={cfg.negative_prompt}: run={cfg.run} is told no caption; leave it out")
+    if cfg.guidance.get("scale", 1) == 1:
+        raise ValueError(f"negative_prompt={cfg.negative_prompt} works by guidance: give guidance.scale=3 or so")
+    return {"caption": [str(cfg.negative_prompt)]}
+
+
+def _enlarges(condition: "Condition") -> bool:
+    return "low_resolution" in condition.asks
+
+
+def _pictures(
+    cfg: DictConfig, condition: "Condition", picture: "tuple[Tensor, Tensor | None] | None"
+) -> dict[str, Any]:
+    """The pictures that a network is told, the same for all images."""
+    if cfg.noise_level is not None and not _enlarges(condition):
+        raise ValueError(f"noise_level={cfg.noise_level} is for a super-resolution model, which run={cfg.run} is not")
+    if _enlarges(condition):
+        for key in ("mask", "outpaint", "strength"):
+            if cfg[key] is not None:
+                raise ValueError(f"{key}={cfg[key]}: run={cfg.run} enlarges image=<path>, and edits none")
+        if picture is None:
+            raise ValueError(f"run={cfg.run} enlarges pictures: give image=<path>")
+        low = picture[0].expand(cfg.num_images, -1, -1, -1)
+        return {"low_resolution": low} | ({} if cfg.noise_level is None else {"noise_level": float(cfg.noise_level)})
+    if "mask" in condition.asks:
+        pixels, mask = picture or (None, None)
+        if pixels is None or mask is None:
+            raise ValueError(f"run={cfg.run} draws in a hole: give image=<path>, and mask=<path> or outpaint=<margins>")
+        return {"image": pixels.expand(cfg.num_images, -1, -1, -1), "mask": mask.expand(cfg.num_images, -1, -1)}
+    return {}
+
+
 def _labels(labels: Any, num_classes: int) -> list[int]:
     """The classes to draw, in turn."""
-    if num_classes == 0:
-        if labels is not None:
-            raise ValueError(f"labels={labels}: this run is unconditional; leave them out")
-        return list(range(10))  # columns
-    if labels is None:
+    if num_classes == 0 or labels is None:
         return list(range(min(num_classes, 10)))
     labels = [labels] if isinstance(labels, int) else list(labels)
     if not labels or not all(isinstance(label, int) and 0 <= label < num_classes for label in labels):
@@ -90,15 +149,12 @@ def _labels(labels: Any, num_classes: int) -> list[int]:
     return labels
 
 
-def _edit(cfg: DictConfig, run: Loaded, pipeline: "Pipeline") -> Any:
-    """Let the pipeline edit a picture, if there is one; what keeps its pixels in the images drawn."""
+def _edit(cfg: DictConfig, run: Loaded, pipeline: "Pipeline", pixels: "Tensor", mask: "Tensor | None") -> Any:
+    """Let the pipeline edit a picture; what keeps its pixels in the images drawn."""
     import torch
 
     from dit.sampler.editing import edited, shrunk
 
-    if cfg.image is None:
-        return lambda images: images
-    pixels, mask = _picture(cfg, run.parts.cfg.data.image_size, run.parts.cfg.data.channels)
     strength = cfg.strength if cfg.strength is not None else 0.6 if mask is None else 1.0
     generator = torch.Generator(run.device).manual_seed(cfg.seed)
     x0 = run.latent.encode(pixels[None].to(run.device).float() / 127.5 - 1, generator)[0]
@@ -107,8 +163,8 @@ def _edit(cfg: DictConfig, run: Loaded, pipeline: "Pipeline") -> Any:
     return lambda images: images if mask is None else torch.where(mask, images, pixels)
 
 
-def _picture(cfg: DictConfig, size: int, channels: int) -> "tuple[Tensor, Tensor | None]":
-    """The pixels (C, H, W) to edit, and where to redraw them (H, W), None: everywhere."""
+def _picture(cfg: DictConfig, run: Loaded) -> "tuple[Tensor, Tensor | None]":
+    """The pixels (C, H, W) to edit, and where to redraw them (H, W), None: everywhere; or the pixels to enlarge."""
     from PIL import Image
 
     from dit.data.image import decode, decode_mask, outpainted
@@ -122,8 +178,14 @@ def _picture(cfg: DictConfig, size: int, channels: int) -> "tuple[Tensor, Tensor
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"{key}={cfg[key]} cannot be read as an image: {error}") from error
 
+    size, channels = run.parts.cfg.data.image_size, run.parts.cfg.data.channels
     sizes: list[tuple[int, int]] = []
     image = read("image")
+    if _enlarges(run.parts.condition):
+        width, height = sizes[0]
+        if width != height:
+            raise ValueError(f"image={cfg.image} has {width} x {height} pixels: this run enlarges squares")
+        return decode(image, width, channels), None
     if cfg.outpaint is not None:
         margins: Any = list(cfg.outpaint) if isinstance(cfg.outpaint, ListConfig) else cfg.outpaint
         whole = isinstance(margins, list) and len(margins) == 4 and all(isinstance(m, int) and m >= 0 for m in margins)

@@ -1,27 +1,83 @@
 """The interface of a condition."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
+Encode = Callable[[Tensor], Tensor]  # pictures in [-1, 1], (B, C, H, W), -> what the network sees, (B, c, h, w)
+
 
 class Condition(ABC):
-    """From the fields of a batch to the keyword arguments `cond` of the network, each with leading dimension B."""
+    """From what is asked for to the keyword arguments `cond` of the network, each with leading dimension B.
+
+    `fields` are those of the data's samples that are read in training; `asks` what one may ask for when sampling.
+    `draw` has keyed random numbers for a batch, `dit.noise.draw.Draw`.
+    """
+
+    fields: tuple[str, ...] = ()
+    asks: tuple[str, ...] = ()
+    dropout: float = 0.0  # probability that a training sample is told nothing, for classifier-free guidance
+
+    @property
+    @abstractmethod
+    def sizes(self) -> dict[str, int]:
+        """What a network is built with to be told this, such as {"num_classes": 10}."""
+
+    def check(self) -> None:
+        """See, before data and devices are touched, whether what is needed for training is there.
+
+        Raises:
+            ValueError: if not.
+            ImportError: if an optional dependency is missing.
+        """
+        return None
+
+    def asked(self, batch: Mapping[str, Any], draw: Any) -> Mapping[str, Any]:
+        """What a user would ask for to get the images of a batch."""
+        return batch
 
     @abstractmethod
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """`cond` from a batch of the data, or of what the user asked for."""
+    def __call__(self, asked: Mapping[str, Any], draw: Any, encode: Encode) -> dict[str, Tensor]:
+        """`cond` of what is asked for, on the device of `draw`.
+
+        Raises:
+            ValueError: if it cannot be asked for.
+        """
 
     @abstractmethod
     def null(self, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`cond` of the same shapes that says nothing: the other half of guidance.
+        """`cond` of the same shapes in which this says nothing: the other half of guidance.
 
         Raises:
             ValueError: if there is no such thing; asked of an empty `cond`, too, so that it is known beforehand.
         """
 
     @abstractmethod
-    def drop(self, cond: Mapping[str, Tensor], u: Tensor) -> dict[str, Tensor]:
-        """`cond` with some rows told nothing, chosen by uniform numbers u (B,)."""
+    def augment(self, cond: Mapping[str, Tensor], draw: Any) -> dict[str, Tensor]:
+        """`cond` as it is in training: some rows told nothing, pictures noised."""
+
+
+def check_dropout(dropout: float) -> float:
+    """A probability.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"condition.dropout={dropout} is a probability: it must lie in [0, 1]")
+    return dropout
+
+
+def check_learned(dropout: float) -> None:
+    """Whether the network ever learns what it means to be told nothing.
+
+    Raises:
+        ValueError: if not.
+    """
+    if dropout == 0:
+        raise ValueError(
+            "condition.dropout=0: what the network says when it is told nothing is not learned, so that it cannot "
+            "guide; take guidance.scale=1, or train with condition.dropout=0.1"
+        )

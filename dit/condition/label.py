@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit.condition.condition import Condition
+from dit.condition.condition import Condition, Encode, check_dropout, check_learned
 
 
 class Label(Condition):
@@ -20,26 +20,32 @@ class Label(Condition):
         ValueError: if dropout is outside [0, 1], or num_classes is not positive.
     """
 
+    fields = ("label",)
+    asks = ("label",)
+
     def __init__(self, num_classes: int, dropout: float = 0.1):
         if num_classes < 1:
             raise ValueError(f"condition.num_classes={num_classes} must be at least 1")
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"condition.dropout={dropout} is a probability: it must lie in [0, 1]")
         self.num_classes = num_classes
-        self.dropout = dropout
+        self.dropout = check_dropout(dropout)
 
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The batch's field `label`, checked.
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The number of classes."""
+        return {"num_classes": self.num_classes}
+
+    def __call__(self, asked: Mapping[str, Any], draw: Any, encode: Encode) -> dict[str, Tensor]:
+        """The field `label`, checked.
 
         Raises:
             ValueError: if a label is not a class.
         """
-        label = torch.as_tensor(batch["label"])
+        label = torch.as_tensor(asked["label"])
         if not label.is_cuda and label.numel() and not (label.min() >= 0 and label.max() < self.num_classes):
             raise ValueError(
                 f"labels must be whole numbers from 0 to {self.num_classes - 1}, got {label.min()} to {label.max()}"
             )
-        return {"label": label.long()}
+        return {"label": label.long().to(draw.device)}
 
     def null(self, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """No class for anyone.
@@ -47,13 +53,11 @@ class Label(Condition):
         Raises:
             ValueError: if the network never learns what that means.
         """
-        if self.dropout == 0:
-            raise ValueError(
-                "condition.dropout=0: what the network says without a class is not learned, so that it cannot guide; "
-                "take guidance.scale=1, or train with condition.dropout=0.1"
-            )
-        return {name: torch.full_like(label, self.num_classes) for name, label in cond.items()}
+        check_learned(self.dropout)
+        none = self.num_classes
+        return {name: torch.full_like(value, none) if name == "label" else value for name, value in cond.items()}
 
-    def drop(self, cond: Mapping[str, Tensor], u: Tensor) -> dict[str, Tensor]:
-        """No class where u < dropout."""
-        return {"label": torch.where(u < self.dropout, self.num_classes, cond["label"])}
+    def augment(self, cond: Mapping[str, Tensor], draw: Any) -> dict[str, Tensor]:
+        """No class for a share `dropout` of the rows."""
+        dropped = draw.uniform("drop") < self.dropout
+        return {**cond, "label": torch.where(dropped, self.num_classes, cond["label"])}

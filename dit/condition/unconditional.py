@@ -5,21 +5,18 @@ from typing import Any
 
 from torch import Tensor
 
-from dit.condition.condition import Condition
+from dit.condition.condition import Condition, Encode
 
 
 class Unconditional(Condition):
-    """`cond = {}`: the network is told nothing besides the noise.
+    """`cond = {}`: the network is told nothing besides the noise."""
 
-    Args:
-        num_classes: 0, what a network without labels is built with.
-    """
+    @property
+    def sizes(self) -> dict[str, int]:
+        """None."""
+        return {}
 
-    def __init__(self, num_classes: int = 0):
-        if num_classes != 0:
-            raise ValueError(f"condition.num_classes={num_classes} must be 0 for an unconditional model")
-
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def __call__(self, asked: Mapping[str, Any], draw: Any, encode: Encode) -> dict[str, Tensor]:
         """Nothing."""
         return {}
 
@@ -33,6 +30,6 @@ class Unconditional(Condition):
             "condition=none: an unconditional model cannot be guided by its condition; take guidance.scale=1"
         )
 
-    def drop(self, cond: Mapping[str, Tensor], u: Tensor) -> dict[str, Tensor]:
+    def augment(self, cond: Mapping[str, Tensor], draw: Any) -> dict[str, Tensor]:
         """Nothing, as before."""
         return dict(cond)

@@ -23,6 +23,10 @@ def pack(path: Path, held_out: Path, samples_per_shard: int = 160) -> None:
             write_shards(folder, _samples(pixels[numbers], digits.target[numbers]), samples_per_shard)
 
 
-def _samples(pixels: np.ndarray, labels: np.ndarray) -> Iterator[tuple[bytes, int]]:
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def _samples(pixels: np.ndarray, labels: np.ndarray) -> Iterator[dict[str, bytes]]:
     for image, label in zip(pixels, labels, strict=True):
-        yield encode_png(torch.from_numpy(image)), int(label)
+        caption = f"{'an' if label == 8 else 'a'} {NAMES[label]}"
+        yield {"png": encode_png(torch.from_numpy(image)), "cls": b"%d" % label, "txt": caption.encode()}

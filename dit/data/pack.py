@@ -11,10 +11,11 @@ from pathlib import Path
 from dit.data import index
 
 
-def write_shards(folder: Path, samples: Iterable[tuple[bytes, int]], samples_per_shard: int) -> None:
-    """Write (PNG file, class) pairs as `000000.tar`, ... with a manifest; the folder appears whole or not at all.
+def write_shards(folder: Path, samples: Iterable[dict[str, bytes]], samples_per_shard: int) -> None:
+    """Write samples, files by their extension, as `000000.tar`, ... with a manifest; the folder appears whole or not.
 
-    Member names are `<number>.png` and `<number>.cls`, the class in ASCII. The same samples give the same bytes.
+    Member names are `<number>.<extension>`, such as `png`, `cls` (a class in ASCII) and `txt` (a caption). The same
+    samples give the same bytes.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
@@ -25,8 +26,8 @@ def write_shards(folder: Path, samples: Iterable[tuple[bytes, int]], samples_per
         if not chunk:
             break
         with tarfile.open(partial / f"{shard:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-            for number, (image, label) in chunk:
-                for extension, data in (("png", image), ("cls", str(label).encode())):
+            for number, files in chunk:
+                for extension, data in files.items():
                     member = tarfile.TarInfo(f"{number:08d}.{extension}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))

@@ -1,11 +1,12 @@
-"""Images and classes streamed from tar shards by the webdataset package."""
+"""Images and what belongs to them, streamed from tar shards by the webdataset package."""
 
 import functools
 import hashlib
+import io
 import itertools
 import random
 import signal
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,12 @@ from dit.data import index
 from dit.data.image import decode
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+FIELDS: dict[str, tuple[str, Callable[[bytes], Any]]] = {  # by name: the file's extension, and what it holds
+    "label": ("cls", int),
+    "caption": ("txt", lambda data: data.decode().strip()),
+    "text": ("text.npy", lambda data: _embedding(data, 2)),
+    "pooled": ("pooled.npy", lambda data: _embedding(data, 1)),
+}
 
 
 class DataError(RuntimeError):
@@ -27,7 +34,10 @@ class DataError(RuntimeError):
 
 
 class WebDataset:
-    """Shards of images (`.png`, `.jpg`, `.jpeg`, `.webp`) with their class (`.cls`, a number in ASCII).
+    """Shards of images (`.png`, `.jpg`, `.jpeg`, `.webp`) and other files of the same name, the fields of a sample.
+
+    The fields are `label` (`.cls`, a class in ASCII), `caption` (`.txt`), and embeddings of a text, `text`
+    (`.text.npy`, (L, W)) and `pooled` (`.pooled.npy`, (W,)).
 
     Every epoch gives each sample once, in an order that follows from (seed, epoch) and the number of workers: shards
     are shuffled and shared out among the workers, and each worker shuffles samples in a buffer. A batch may join the
@@ -41,6 +51,7 @@ class WebDataset:
         image_size: height and width in pixels; other images are cropped and scaled to it.
         channels: 1 (grey) or 3 (RGB).
         num_classes: classes are 0..num_classes - 1.
+        fields: what is read beside the image.
         held_out: a folder of shards that are kept from training, for evaluation.
         pack: makes the two folders where they are missing.
         flip: mirror half of the samples, keyed by (seed, epoch, sample).
@@ -48,7 +59,7 @@ class WebDataset:
         num_workers: processes that read and decode; 0 for none beside the training process.
 
     Raises:
-        ValueError: if channels are neither 1 nor 3, or a number is too small.
+        ValueError: if channels are neither 1 nor 3, a number is too small, or there is no such field.
     """
 
     def __init__(
@@ -57,6 +68,7 @@ class WebDataset:
         image_size: int,
         channels: int,
         num_classes: int,
+        fields: Sequence[str] = ("label",),
         held_out: str | None = None,
         pack: Callable[[Path, Path], None] | None = None,
         flip: bool = False,
@@ -73,11 +85,14 @@ class WebDataset:
         ]:
             if value < least:
                 raise ValueError(f"data.{name}={value} must be at least {least}")
+        if unknown := set(fields) - FIELDS.keys():
+            raise ValueError(f"data.fields={list(fields)}: there is no {unknown.pop()}; choose of {', '.join(FIELDS)}")
         self.path = Path(path)
         self.held_out = Path(held_out) if held_out else None
         self.image_size = image_size
         self.channels = channels
         self.num_classes = num_classes
+        self.fields = tuple(fields)
         self.pack = pack
         self.flip = flip
         self.shuffle_buffer = shuffle_buffer
@@ -108,7 +123,8 @@ class WebDataset:
         """Endless batches from the given step on; closing the generator ends its workers.
 
         Yields:
-            `image`, uint8 (B, C, H, W); `label`, int64 (B,); `key`, a list of B names.
+            `image`, uint8 (B, C, H, W), `key`, an array of B names, and the fields: `label`, int64 (B,), the others
+            arrays of B strings or tensors.
         """
         shards = self._shards(self.path)
         workers = max(1, self.num_workers)
@@ -124,14 +140,13 @@ class WebDataset:
         )
         return _rebatch(iter(loader), batch_size, skip)
 
-    def read(self, folder: Path) -> tuple[Tensor, Tensor]:
-        """All images, uint8 (N, C, H, W), and classes (N,) of a folder, in order, held in memory."""
+    def read(self, folder: Path, most: int | None = None) -> dict[str, Any]:
+        """All samples of a folder, or the first so many, in order, as one batch."""
         samples = _samples([folder / shard.name for shard in self._shards(folder)])
-        batch = _collate([self.decode(sample) for sample in samples])
-        return batch["image"], batch["label"]
+        return _collate([self.decode(sample) for sample in itertools.islice(samples, most)])
 
-    def decode(self, sample: dict[str, Any]) -> tuple[str, Tensor, int]:
-        """(key, image, class) of a sample's files.
+    def decode(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """A sample's `key`, `image` and fields.
 
         Raises:
             DataError: naming the shard and the sample, if a file is missing or cannot be read.
@@ -139,16 +154,21 @@ class WebDataset:
         where = f"sample {sample['__key__']} of {sample['__url__']}"
         try:
             image = next(sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample)
-            pixels, label = decode(image, self.image_size, self.channels), int(sample["cls"])
+            decoded = {"key": sample["__key__"], "image": decode(image, self.image_size, self.channels)}
+            for name in self.fields:
+                extension, read = FIELDS[name]
+                decoded[name] = read(sample[extension])
         except StopIteration:
             raise DataError(f"{where} has no image; expected one of {IMAGE_EXTENSIONS}") from None
         except KeyError:
-            raise DataError(f"{where} has no class; expected a member {sample['__key__']}.cls") from None
+            member = f"{sample['__key__']}.{extension}"
+            raise DataError(f"{where} has no {name}: it needs {member}, or data.fields without it") from None
         except Exception as error:  # Pillow raises many kinds
             raise DataError(f"{where} cannot be read: {error}") from error
+        label = decoded.get("label", 0)
         if not 0 <= label < self.num_classes:
             raise DataError(f"{where} has the class {label}, but data.num_classes={self.num_classes}")
-        return sample["__key__"], pixels, label
+        return decoded
 
 
 class _Chunks(IterableDataset):
@@ -181,7 +201,7 @@ class _Chunks(IterableDataset):
                     raise DataError(f"fewer samples than the manifest says in {self.data.path}, one of {names}")
                 left -= len(chunk)
                 if self.data.flip:
-                    chunk = [(key, self._maybe_flip(image, epoch, key), label) for key, image, label in chunk]
+                    chunk = [{**s, "image": self._maybe_flip(s["image"], epoch, s["key"])} for s in chunk]
                 yield _collate(chunk)
             first = 0
 
@@ -230,27 +250,43 @@ def _shuffle(samples: Iterator[dict[str, Any]], buffer: int, key: str) -> Iterat
     return iter(shuffle(buffer, initial=buffer, rng=random.Random(key))(samples))
 
 
-def _collate(samples: list[tuple[str, Tensor, int]]) -> dict[str, Any]:
-    if not samples:
-        return {"image": None, "label": torch.empty(0, dtype=torch.long), "key": []}
-    keys, images, labels = zip(*samples, strict=True)
-    return {"image": torch.stack(images), "label": torch.tensor(labels), "key": list(keys)}
+def _embedding(data: bytes, dimensions: int) -> Tensor:
+    array = np.load(io.BytesIO(data), allow_pickle=False)
+    if array.ndim != dimensions:
+        raise ValueError(f"an embedding of shape {array.shape}, expected {dimensions} dimensions")
+    return torch.from_numpy(array)
+
+
+def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Samples as one batch: images and labels as tensors, the others as arrays of objects, which may differ in size."""
+    batch: dict[str, Any] = {}
+    for name in samples[0] if samples else ():
+        values = [sample[name] for sample in samples]
+        if name == "image":
+            batch[name] = torch.stack(values)
+        elif name == "label":
+            batch[name] = torch.tensor(values)
+        else:
+            batch[name] = np.empty(len(values), dtype=object)
+            for i, value in enumerate(values):
+                batch[name][i] = value
+    return batch
 
 
 def _rebatch(chunks: Iterator[dict[str, Any]], batch_size: int, skip: int) -> Generator[dict[str, Any], None, None]:
     """Chunks of any size joined and cut into batches, less the first `skip` samples."""
-    images, labels = torch.empty(0), torch.empty(0, dtype=torch.long)
-    keys: list[str] = []
-    for chunk in chunks:
-        if not chunk["key"]:
-            continue
-        images = torch.cat([images, chunk["image"]]) if keys else chunk["image"]
-        labels = torch.cat([labels, chunk["label"]])
-        keys = keys + chunk["key"]
-        images, labels, keys, skip = images[skip:], labels[skip:], keys[skip:], max(0, skip - len(keys))
-        while len(keys) >= batch_size:
-            yield {"image": images[:batch_size], "label": labels[:batch_size], "key": keys[:batch_size]}
-            images, labels, keys = images[batch_size:], labels[batch_size:], keys[batch_size:]
+    held: dict[str, Any] = {}
+    for chunk in filter(None, chunks):
+        held = {name: _joined(held[name], value) for name, value in chunk.items()} if held else chunk
+        number = len(held["key"])
+        held, skip = {name: value[skip:] for name, value in held.items()}, max(0, skip - number)
+        while len(held["key"]) >= batch_size:
+            yield {name: value[:batch_size] for name, value in held.items()}
+            held = {name: value[batch_size:] for name, value in held.items()}
+
+
+def _joined(a: Any, b: Any) -> Any:
+    return torch.cat([a, b]) if isinstance(a, Tensor) else np.concatenate([a, b])
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

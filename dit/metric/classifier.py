@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit.metric.frechet import frechet_distance
-from dit.metric.subject import Subject
+from dit.metric.subject import Samples, Subject, rows
 
 
 class Classifier(nn.Module):
@@ -54,19 +54,19 @@ def train_classifier(
 @torch.no_grad()
 def judge(
     subject: Subject,
-    train: tuple[Tensor, Tensor],
-    held_out: tuple[Tensor, Tensor],
+    train: Samples,
+    held_out: Samples,
     *,
     num_images: int = 2000,
     seed: int = 1,
 ) -> dict[str, float]:
-    """Quality of class-conditional samples, judged by a classifier trained on the training images with its own seed.
+    """Quality of conditional samples, judged by a classifier trained on the training images with its own seed.
 
     Args:
         subject: the model.
-        train: uint8 images and labels for training the judge and as the reference.
-        held_out: the same, of images that were kept from training.
-        num_images: how many samples to judge, the classes in turn.
+        train: images and labels for training the judge and as the reference.
+        held_out: the same, kept from training; the model is told of them what it is told in training.
+        num_images: how many samples to judge, the classes in turn, and those of a class in turn.
         seed: of the judge.
 
     Returns:
@@ -79,12 +79,12 @@ def judge(
             much less than 1 is memorising.
         `judge_accuracy`: the judge's own accuracy on the held-out images.
     """
-    images, labels = train
+    images, labels = train["image"], train["label"]
     num_classes = int(labels.max()) + 1
     with torch.enable_grad():
         classifier = train_classifier(images, labels, num_classes, seed=seed)
     asked = torch.arange(num_images) % num_classes
-    drawn = subject.draw(asked)
+    drawn = subject.draw(rows(held_out, _in_turn(held_out["label"], asked)))
     noise = torch.randint(0, 256, drawn.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
     reference = classifier.features(to_float(images))
@@ -93,11 +93,27 @@ def judge(
         "accuracy": _accuracy(classifier, drawn, asked),
         "diversity": _within_class_variance(features, asked) / _within_class_variance(reference, labels),
         "frechet": frechet_distance(features, reference),
-        "frechet_floor": frechet_distance(classifier.features(to_float(held_out[0])), reference),
+        "frechet_floor": frechet_distance(classifier.features(to_float(held_out["image"])), reference),
         "frechet_noise": frechet_distance(classifier.features(to_float(noise)), reference),
-        "nearest": _median_nearest(drawn, images) / _median_nearest(held_out[0], images),
-        "judge_accuracy": _accuracy(classifier, *held_out),
+        "nearest": _median_nearest(drawn, images) / _median_nearest(held_out["image"], images),
+        "judge_accuracy": _accuracy(classifier, held_out["image"], held_out["label"]),
     }
+
+
+def _in_turn(labels: Tensor, asked: Tensor) -> Tensor:
+    """For each class asked for, the number of the next sample of it.
+
+    Raises:
+        ValueError: if there is no sample of a class.
+    """
+    number = torch.empty_like(asked)
+    for label in asked.unique():
+        there = (labels == label).nonzero()[:, 0]
+        if not len(there):
+            raise ValueError(f"metric=classifier: there is no held-out image of class {label}")
+        wanted = (asked == label).nonzero()[:, 0]
+        number[wanted] = there[torch.arange(len(wanted)) % len(there)]
+    return number
 
 
 def to_float(images: Tensor) -> Tensor:

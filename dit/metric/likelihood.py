@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit.metric.subject import Subject
+from dit.metric.subject import Samples, Subject, rows
 
 Denoise = Callable[[Tensor, Tensor], Any]
 
 
 def likelihood(
     subject: Subject,
-    train: tuple[Tensor, Tensor],
-    held_out: tuple[Tensor, Tensor],
+    train: Samples,
+    held_out: Samples,
     *,
     grid: Callable[..., Tensor],
     nats: Callable[..., Tensor],
@@ -32,7 +32,7 @@ def likelihood(
     Args:
         subject: the model.
         train: unused.
-        held_out: uint8 images and labels.
+        held_out: the images, and what the network is told of them.
         grid: (schedule, num_steps) -> times.
         nats: the bound's term of one step, `dit.noise.bound.nats`.
         num_images: the first so many held-out images.
@@ -51,7 +51,7 @@ def likelihood(
     Raises:
         ValueError: if the network does not see pixels.
     """
-    images, labels = (part[:num_images] for part in held_out)
+    images = held_out["image"][:num_images]
     for name, value in {"num_steps": num_steps, "num_probes": num_probes, "num_bound_steps": num_bound_steps}.items():
         if value < 1:
             raise ValueError(f"metric.{name}={value} must be at least 1")
@@ -63,10 +63,12 @@ def likelihood(
     times, bound_times = grid(schedule, num_steps=num_steps), grid(schedule, num_steps=num_bound_steps)
     generator = torch.Generator().manual_seed(seed)
     bits: dict[str, list[Tensor]] = {"bits_per_dim": [], "bits_per_dim_bound": []}
-    for part, label in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+    for first in range(0, len(images), batch_size):
+        samples = rows(held_out, slice(first, min(first + batch_size, len(images))))
+        part = samples["image"]
 
-        def denoise(x_t: Tensor, t: Tensor, label: Tensor = label) -> Any:
-            return subject.denoise(x_t, t, label)
+        def denoise(x_t: Tensor, t: Tensor, samples: Samples = samples) -> Any:
+            return subject.denoise(x_t, t, samples)
 
         level = part.float() + torch.rand(part.shape, generator=generator) - 0.5
         log_p = log_likelihood(denoise, schedule, level / 127.5 - 1, times[:-1], generator, num_probes)

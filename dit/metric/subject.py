@@ -1,15 +1,23 @@
 """What a metric is given to judge."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
+
+Samples = Mapping[str, Any]  # fields of N samples: `image`, uint8 (N, C, H, W), `label` (N,), arrays of others
 
 
 class Subject(NamedTuple):
     """A trained model, as far as metrics look at it."""
 
-    draw: Callable[[Tensor], Tensor]  # labels (N,) -> uint8 images (N, C, H, W), sampled as the run is configured
-    denoise: Callable[[Tensor, Tensor, Tensor], Any]  # x_t (B, C, H, W), t (B,) or (), labels (B,) -> (x0, eps)
+    told: Callable[[Samples], dict[str, Tensor]]  # what the network is told of samples
+    draw: Callable[[Samples], Tensor]  # told that, uint8 images (N, C, H, W), sampled as the run is configured
+    denoise: Callable[[Tensor, Tensor, Samples], Any]  # x_t (B, C, H, W), t (B,) or (), samples -> (x0, eps)
     schedule: Any  # t -> (alpha, sigma)
     shape: tuple[int, ...]  # (C, H, W) of what the network sees
+
+
+def rows(samples: Samples, which: Any) -> dict[str, Any]:
+    """Some of the samples, by a slice or numbers."""
+    return {name: value[which] for name, value in samples.items()}

@@ -1,7 +1,7 @@
 """Random numbers keyed by (seed, step, lane, purpose) instead of drawn from a global stream."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -71,6 +71,11 @@ class Draw:
     def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
         """(B, *shape) standard normal numbers."""
         return torch.cat([self._rows(torch.randn, shape, purpose, lane) for lane in self.lanes])
+
+    def apply(self, purpose: str, function: Callable[[Tensor, torch.Generator], Tensor], x: Tensor) -> Tensor:
+        """A function of rows (B, ...) and a generator, with the numbers of each lane for its own rows."""
+        parts = zip(self.lanes, x.chunk(len(self.lanes)), strict=True)
+        return torch.cat([function(part, self.generator(purpose, lane)) for lane, part in parts])
 
     def _rows(self, draw, shape: Sequence[int], purpose: str, lane: int) -> Tensor:  # type: ignore[no-untyped-def]
         return draw((self.rows, *shape), generator=self.generator(purpose, lane), device=self.device)

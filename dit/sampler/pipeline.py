@@ -1,6 +1,7 @@
 """From labels and a seed to pictures."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ class Pipeline:
         self.denoiser = denoiser
         self.condition = condition
         self.latent = latent
-        self.guided = guidance(denoiser, condition.null)
+        self.guidance = guidance
         self.sampler = sampler
         self.times = grid(denoiser.schedule)
 
@@ -53,31 +54,38 @@ class Pipeline:
         seed: int = 0,
         batch_size: int = 256,
         noise: Tensor | None = None,
+        avoid: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """Draw pictures.
 
         Args:
-            asked: the condition's fields, each of num_images entries, such as {"label": [0, 1, 2]}.
+            asked: the condition's fields, each of num_images entries, such as {"label": [0, 1, 2]}, or one for all.
             num_images: how many, N.
             seed: of the noise.
             batch_size: how many at a time; where the sampler draws fresh noise (eta > 0), the pictures depend on it.
             noise: to begin with, (N, C, H, W), standard normal; None: that of the seed.
+            avoid: fields like those of asked, of one entry: what guidance leads away from; None: from nothing told.
 
         Returns:
             (N, C, H, W) uint8, on the CPU.
         """
         device = self.device
         schedule = self.denoiser.schedule
-        cond = {name: value.to(device) for name, value in self.condition(asked).items()}
         pictures = []
         for first in range(0, num_images, batch_size):
             lanes = range(first, min(first + batch_size, num_images))
             draw = Draw(seed, 0, lanes, len(lanes), device)
-            part = {name: value[first : first + len(lanes)] for name, value in cond.items()}
+            part = {name: _rows(value, slice(first, first + len(lanes))) for name, value in asked.items()}
+            encode = partial(draw.apply, "latent of the condition", self.latent.encode)
+            cond = self.condition(part, draw, encode)
+            null = self.condition.null
+            if avoid is not None:
+                null = partial(_instead, self.condition({**part, **avoid}, draw, encode))
+            guided = self.guidance(self.denoiser, null)
             x = draw.normal("x", self.latent.shape) if noise is None else noise[first : first + len(lanes)]
             x = schedule(self.times[0]).sigma * x
             z = self.sampler(
-                lambda x_t, t, part=part: self.guided(x_t, t, **part),
+                lambda x_t, t, guided=guided, cond=cond: guided(x_t, t, **cond),
                 schedule,
                 x,
                 self.times,
@@ -94,6 +102,16 @@ class Pipeline:
     def device(self) -> torch.device:
         """Where the denoiser is."""
         return next(self.denoiser.parameters()).device
+
+
+def _rows(value: Any, rows: slice) -> Any:
+    """Those rows of a field that has one for each image; a number is for all."""
+    return value if isinstance(value, int | float) else value[rows]
+
+
+def _instead(other: Mapping[str, Tensor], cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is said instead, for as many rows."""
+    return {name: other[name].expand_as(value) for name, value in cond.items()}
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """From a composed configuration to objects: the only place that calls `instantiate`."""
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -9,21 +10,17 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 
 from dit.latent.latent import Latent
-from dit.metric.subject import Subject
+from dit.metric.subject import Samples, Subject
 from dit.noise.denoiser import Denoiser
+from dit.noise.draw import Draw
 from dit.noise.prediction import Estimate
 from dit.noise.schedule import Schedule
 from dit.sampler.pipeline import Pipeline
 
-SAME = [
-    ("model.in_channels", "latent.channels"),
-    ("model.input_size", "latent.size"),
-    ("model.num_classes", "condition.num_classes"),
-    ("condition.num_classes", "data.num_classes"),
-]
+SAME = [("model.in_channels", "latent.channels"), ("model.input_size", "latent.size")]
 
 
 class Parts:
@@ -58,16 +55,33 @@ class Parts:
             size = f"latent.size={cfg.latent.size} is not data.image_size={cfg.data.image_size}"
             raise ValueError(size + (f" over latent.stride={stride}" if stride > 1 else ""))
         for ours, theirs in SAME if stride > 1 else [*SAME, ("latent.channels", "data.channels")]:
-            if ours == "condition.num_classes" and cfg.condition.num_classes == 0:
-                continue  # labels that the data has, but nobody asks for
             if (mine := OmegaConf.select(cfg, ours)) != (other := OmegaConf.select(cfg, theirs)):
                 raise ValueError(f"{ours}={mine} differs from {theirs}={other}")
+
+        ours, theirs = self.condition.sizes.get("num_classes"), cfg.data.num_classes
+        if ours not in (None, theirs):
+            raise ValueError(f"condition.num_classes={ours} differs from data.num_classes={theirs}")
+        there = ["image", *cfg.data.get("fields", ["label"])]
+        if missing := [field for field in self.condition.fields if field not in there]:
+            fields = ",".join([*there[1:], *missing])
+            raise ValueError(f"the condition reads {missing[0]}, which data.fields leaves out: data.fields=[{fields}]")
 
     def denoiser(self, device: str = "cpu") -> Denoiser:
         """A new, untrained network, given its meaning."""
         with torch.device(device):
-            network = self.model()
+            network = self._network()
         return Denoiser(network, self.schedule, self.prediction)
+
+    def _network(self) -> nn.Module:
+        """The network, built to be told what the condition says."""
+        told = inspect.signature(self.model).parameters
+        if unknown := self.condition.sizes.keys() - told.keys():
+            raise ValueError(
+                f"the condition gives the network {unknown.pop()}, of which {self.cfg.model._target_} knows nothing: "
+                "choose another model, or another condition"
+            )
+        network: nn.Module = self.model(**self.condition.sizes)
+        return network
 
     def latent(self) -> Latent:
         """The latent space, with its VAE, if any, loaded."""
@@ -90,22 +104,30 @@ class Parts:
     ) -> Subject:
         """What metrics judge: a denoiser as it is sampled, each call within a context."""
 
-        def draw(labels: Tensor) -> Tensor:
-            with within():
-                pipeline = self.pipeline(denoiser, latent)
-                return pipeline({"label": labels}, len(labels), seed=seed, batch_size=batch_size)
+        def numbers(samples: Samples) -> Draw:
+            number = len(next(iter(samples.values())))
+            return Draw(seed, 0, range(number), number, next(denoiser.parameters()).device)
 
-        def denoise(x_t: Tensor, t: Tensor, labels: Tensor) -> Estimate:
+        def told(samples: Samples) -> dict[str, Tensor]:
+            keyed = numbers(samples)
+            encode = partial(keyed.apply, "latent of the condition", latent.encode)
+            return self.condition(self.condition.asked(samples, keyed), keyed, encode)
+
+        def draw(samples: Samples) -> Tensor:
+            with within():
+                pipeline, asked = self.pipeline(denoiser, latent), self.condition.asked(samples, numbers(samples))
+                return pipeline(asked, len(next(iter(samples.values()))), seed=seed, batch_size=batch_size)
+
+        def denoise(x_t: Tensor, t: Tensor, samples: Samples) -> Estimate:
             device = next(denoiser.parameters()).device
             with within():
-                cond = {name: value.to(device) for name, value in self.condition({"label": labels}).items()}
-                estimate = denoiser(x_t.to(device), t.to(device), **cond)
+                estimate = denoiser(x_t.to(device), t.to(device), **told(samples))
             return type(estimate)(*(None if field is None else field.to(x_t.device) for field in estimate))
 
-        return Subject(draw, denoise, self.schedule, latent.shape)
+        return Subject(told, draw, denoise, self.schedule, latent.shape)
 
     def pipeline(self, denoiser: Denoiser, latent: Latent) -> Pipeline:
-        """From labels to pictures, with the configured sampler, grid and guidance."""
+        """From what is asked for to pictures, with the configured sampler, grid and guidance."""
         return Pipeline(denoiser, self.condition, latent, self._guidance, self._sampler, self.grid)
 
 

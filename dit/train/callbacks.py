@@ -116,22 +116,20 @@ class Recorder(Callback):
 
 
 class Preview(Callback):
-    """Draws the same picture again and again, so that one sees it sharpen: EMA weights, fixed noise, fixed labels.
+    """Draws the same picture again and again, so that one sees it sharpen: EMA weights, fixed noise, fixed conditions.
 
     Args:
         folder: for `step-*.png`.
-        draw: labels (N,) -> uint8 images (N, C, H, W).
-        num_classes: a column each, at most ten.
+        draw: () -> uint8 images (N, C, H, W), the same each time but for the weights.
+        columns: how many stand side by side.
         every_steps: a picture every so many steps.
         recorder: whose clock stops meanwhile, and whose tracker gets the picture.
     """
 
-    def __init__(
-        self, folder: Path, draw: Callable[[Tensor], Tensor], num_classes: int, every_steps: int, recorder: Recorder
-    ):
+    def __init__(self, folder: Path, draw: Callable[[], Tensor], columns: int, every_steps: int, recorder: Recorder):
         self.folder = folder
         self.draw = draw
-        self.columns = min(10, num_classes or 10)
+        self.columns = columns
         self.every_steps = every_steps
         self.recorder = recorder
 
@@ -142,7 +140,7 @@ class Preview(Callback):
         step = pl_module.step
         if step % self.every_steps == 0 or step == self.recorder.max_steps:
             with self.recorder.paused():
-                images = self.draw(torch.arange(self.columns).repeat(4))
+                images = self.draw()
                 path = self.folder / f"step-{step:08d}.png"
                 path.write_bytes(encode_png(grid(images, self.columns)))
                 if self.recorder.tracker:

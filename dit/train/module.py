@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ class DiffusionModule(LightningModule):
         """All phases of one step.
 
         Args:
-            batch: `image` (B, C, H, W), uint8, and the fields of the condition.
+            batch: `image` (B, C, H, W), uint8, and the fields of the condition, tensors or arrays.
             batch_idx: unused; `step` counts.
 
         Returns:
@@ -112,25 +113,26 @@ class DiffusionModule(LightningModule):
 
     def _backward(self, micro_batches: list[Batch]) -> Iterator[tuple[str, Tensor]]:
         """Yield (network, mean loss) of each phase when its gradient is complete; one graph at a time is alive."""
-        running = [self.objective.phases(self.denoiser, batch, self.step) for batch in micro_batches]
-        while (first := next(running[0], None)) is not None:
+        running = [(batch.draw, self.objective.phases(self.denoiser, batch, self.step)) for batch in micro_batches]
+        while True:
             total = torch.zeros((), device=self.device)
-            for _, loss in itertools.chain([first], (next(phases) for phases in running[1:])):
+            for draw, phases in running:
+                torch.manual_seed(draw.generator("layers", draw.lanes[0]).initial_seed())  # for dropout
+                if (phase := next(phases, None)) is None:
+                    return
+                network, loss = phase
                 self.manual_backward(loss / len(running))
                 total = total + loss.detach() / len(running)
-            yield first[0], total
+            yield network, total
 
     def _micro_batches(self, batch: Mapping[str, Any]) -> Iterator[Batch]:
         """The parts of a global batch, each of whole lanes."""
-        cond = self.condition(batch)
         lanes = torch.arange(self.lanes).chunk(self.num_micro_batches)
         rows = torch.arange(len(batch["image"])).chunk(self.num_micro_batches)
         for part, micro in zip(rows, lanes, strict=True):
             draw = Draw(self.seed, self.step, micro.tolist(), len(part), self.device, self.lanes)
-            images = batch["image"][part[0] : part[-1] + 1].float() / 127.5 - 1
-            told = {name: value[part[0] : part[-1] + 1] for name, value in cond.items()}
-            z = [
-                self.latent.encode(image, draw.generator("latent", lane))
-                for lane, image in zip(draw.lanes, images.chunk(len(draw.lanes)), strict=True)
-            ]
-            yield Batch(torch.cat(z), self.condition.drop(told, draw.uniform("drop")), draw)
+            told = {name: value[part[0] : part[-1] + 1] for name, value in batch.items()}
+            z = draw.apply("latent", self.latent.encode, told["image"].float() / 127.5 - 1)
+            encode = partial(draw.apply, "latent of the condition", self.latent.encode)
+            cond = self.condition(self.condition.asked(told, draw), draw, encode)
+            yield Batch(z, self.condition.augment(cond, draw), draw)

@@ -7,16 +7,20 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
-from dit.metric.subject import Subject
+from dit.metric.subject import Samples, Subject
+from dit.noise.denoiser import Denoiser
 from dit.train import checkpoint
 from dit.train.build import Parts, build
+from dit.train.strategy import arrange
+from dit.weights.convert import fitted
 
 if TYPE_CHECKING:  # importing lightning takes seconds, which a mistake in the configuration need not wait for
     from lightning.pytorch import Trainer
@@ -39,7 +43,7 @@ FREE = {
     "evaluation",
     "logger",
 }
-FREE |= {"data.path", "data.held_out"}
+FREE |= {"data.path", "data.held_out", "init"}
 FIXED = {f"trainer.{name}" for name in ("batch_size", "micro_batch_size", "lanes", "precision", "max_grad_norm")}
 
 
@@ -65,8 +69,10 @@ class Run:
         self.objective = build(cfg.objective)
         denoiser = self.parts.denoiser("meta")
         self.objective.check(denoiser)
+        self._arrange(denoiser.network)
         self.tracker = build(cfg.logger)
         self.data = build(cfg.data)
+        self.parts.condition.check()
         self.data.check()  # before the optimizer, whose making imports torch's compiler, which takes seconds
         if cfg.metric and cfg.data.held_out is None:
             raise ValueError("data.held_out=null, but the metric needs held-out images: give a folder, or metric=none")
@@ -76,6 +82,8 @@ class Run:
         build(cfg.ema)(denoiser.network)
         self.num_parameters = sum(p.numel() for p in denoiser.network.parameters())
         self.latent = self.parts.latent()
+        init = build(cfg.init) if cfg.init else None
+        self.init = fitted(init(), denoiser.network) if init else None
 
         self.folder = Path(cfg.runs_dir) / cfg.run
         self.resolved = OmegaConf.to_container(cfg, resolve=True)
@@ -88,6 +96,19 @@ class Run:
         except BaseException:
             self._lock.close()
             raise
+
+    def _arrange(self, network: nn.Module) -> None:
+        """Set how the network is executed."""
+        options = self.cfg.trainer
+        arrange(network, recompute=options.recompute, compile=options.compile, channels_last=options.channels_last)
+
+    def _denoiser(self) -> Denoiser:
+        """The denoiser as it begins, ready to be executed."""
+        denoiser = self.parts.denoiser()
+        if self.init:
+            denoiser.network.load_state_dict(self.init, strict=False)
+        self._arrange(denoiser.network)
+        return denoiser
 
     def _claim(self) -> TextIO:
         """Take the folder for this process alone."""
@@ -177,7 +198,7 @@ class Run:
         if options.accelerator == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # leave the data's workers their cores
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - self.data.num_workers))
         module = DiffusionModule(
-            self.parts.denoiser,
+            self._denoiser,
             self.objective,
             self.parts.condition,
             self.latent,
@@ -196,10 +217,11 @@ class Run:
         recorder = Recorder(
             self.folder / "metrics.jsonl", options.max_steps, options.batch_size, options.log_every_steps, self.tracker
         )
+        preview_of = self._preview_of()
         preview = Preview(
             self.folder / "samples",
-            lambda labels: self._subject(module, trainer).draw(labels),
-            cfg.condition.num_classes,
+            lambda: self._subject(module, trainer).draw(preview_of),
+            min(10, self.parts.condition.sizes.get("num_classes", 10)),
             options.preview_every_steps,
             recorder,
         )
@@ -234,13 +256,22 @@ class Run:
             trainer.fit(module, itertools.islice(batches, options.max_steps - self.step))
         return preemption.exit_code if module.step < options.max_steps else None
 
+    def _preview_of(self) -> Samples:
+        """What previews are told: each class four times, or where that is not all, what the first samples are."""
+        num_classes = min(10, self.parts.condition.sizes.get("num_classes", 10))
+        if set(self.parts.condition.fields) <= {"label"}:
+            return {"label": torch.arange(num_classes).repeat(4)}
+        return self.data.read(self.data.held_out or self.data.path, most=40)
+
     def _subject(self, module: "DiffusionModule", trainer: "Trainer") -> Subject:
         """What was trained, as it is sampled: with the averaged weights, under the precision of training."""
 
         @contextmanager
         def as_sampled() -> Iterator[None]:
             module.denoiser.eval()
-            with trainer.precision_plugin.forward_context(), module.ema.applied():
+            # Compiled units would be compiled anew for each size of a batch.
+            eager = torch.compiler.set_stance("force_eager") if self.cfg.trainer.compile else nullcontext()
+            with trainer.precision_plugin.forward_context(), module.ema.applied(), eager:
                 yield
             module.denoiser.train()
 

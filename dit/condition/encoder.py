@@ -1,0 +1,77 @@
+"""Frozen text encoders of transformers."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Encoded(NamedTuple):
+    """What an encoder makes of captions."""
+
+    text: Tensor  # (B, L, W), the last hidden state
+    mask: Tensor  # (B, L), which tokens are there
+    pooled: Tensor  # (B, W): CLIP's own, else the mean over the tokens that are there
+
+
+class TextEncoder:
+    """A CLIP or T5 encoder, frozen, padded to a fixed length.
+
+    Args:
+        name: a hub name, or a folder that `save_pretrained` wrote.
+        max_length: tokens L; longer captions are cut.
+
+    Raises:
+        ImportError: if transformers is missing.
+        ValueError: if the weights or the tokenizer are not there, or are another kind of model's.
+    """
+
+    def __init__(self, name: str, max_length: int):
+        kind = read_config(name).model_type
+        import transformers
+
+        model = {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel"}.get(kind)
+        if model is None:
+            raise ValueError(f"condition.name={name} is a {kind} model: give a CLIP or T5 one")
+        self.tokenizer: Any = _from_pretrained(transformers.AutoTokenizer, name)
+        self.model: Any = _from_pretrained(getattr(transformers, model), name).requires_grad_(False).eval()
+        self.max_length = max_length
+
+    @torch.no_grad()
+    def __call__(self, captions: Sequence[str], device: torch.device | str = "cpu") -> Encoded:
+        """What the encoder makes of captions, in float32."""
+        options = {"padding": "max_length", "max_length": self.max_length, "truncation": True, "return_tensors": "pt"}
+        tokens = self.tokenizer(list(captions), **options).to(device)
+        output = self.model.to(device)(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+        text, mask = output.last_hidden_state.float(), tokens.attention_mask.bool()
+        pooled = getattr(output, "pooler_output", None)
+        if pooled is None:
+            pooled = (text * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+        return Encoded(text, mask, pooled.float())
+
+
+def read_config(name: str) -> Any:
+    """The configuration of a text encoder, without its weights.
+
+    Raises:
+        ImportError: if transformers is missing.
+        ValueError: if it is not there.
+    """
+    try:
+        from transformers import AutoConfig
+    except ImportError as error:
+        raise ImportError("condition=text needs transformers: pip install 'ditforge[text]'") from error
+    config = _from_pretrained(AutoConfig, name)
+    return getattr(config, "text_config", config)
+
+
+def _from_pretrained(cls: Any, name: str) -> Any:
+    try:
+        return cls.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"condition.name={name} is neither a folder with a text encoder and its tokenizer nor to be had from the "
+            f"hub (offline, or a wrong name): {reason}"
+        ) from error

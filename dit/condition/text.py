@@ -1,0 +1,122 @@
+"""A caption."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dit.condition.condition import Condition, Encode, check_dropout, check_learned
+from dit.condition.encoder import TextEncoder, read_config
+
+
+class Text(Condition):
+    """`cond = {"text": (B, L, W), "text_mask": (B, L)}`, and `"pooled": (B, W)` if wanted; an empty mask says nothing.
+
+    In training the embeddings come from the shards, or are made of captions by the encoder, which is loaded only then
+    and where prompts are given. An empty caption says nothing.
+
+    Args:
+        name: of a CLIP or T5 encoder, a hub name or a folder.
+        width: of its embeddings, W.
+        max_length: tokens, L.
+        pooled: tell one vector for the whole caption, too.
+        precomputed: read embeddings (`.text.npy`, (L, W) or fewer tokens, and `.pooled.npy`, (W,)) instead of captions.
+        dropout: probability that a training sample is told nothing, for classifier-free guidance (arXiv:2207.12598).
+
+    Raises:
+        ValueError: if a value is out of range.
+    """
+
+    asks = ("caption",)
+
+    def __init__(
+        self,
+        name: str,
+        width: int,
+        max_length: int,
+        pooled: bool = False,
+        precomputed: bool = False,
+        dropout: float = 0.1,
+    ):
+        for key, value in {"width": width, "max_length": max_length}.items():
+            if value < 1:
+                raise ValueError(f"condition.{key}={value} must be at least 1")
+        self.name = name
+        self.width = width
+        self.max_length = max_length
+        self.pooled = pooled
+        self.precomputed = precomputed
+        self.dropout = check_dropout(dropout)
+        self.fields = ("text", *(["pooled"] if pooled else [])) if precomputed else ("caption",)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The widths of what is told."""
+        return {"text_width": self.width} | ({"pooled_width": self.width} if self.pooled else {})
+
+    @cached_property
+    def encoder(self) -> TextEncoder:
+        """The encoder, loaded when first needed."""
+        self._check_width()
+        return TextEncoder(self.name, self.max_length)
+
+    def check(self) -> None:
+        """Whether the encoder is there, and of this width, if training needs it."""
+        if not self.precomputed:
+            self._check_width()
+
+    def _check_width(self) -> None:
+        config = read_config(self.name)
+        found = getattr(config, "hidden_size", None) or getattr(config, "d_model", None)
+        if found != self.width:
+            raise ValueError(f"condition.width={self.width}, but the embeddings of {self.name} have {found}")
+
+    def __call__(self, asked: Mapping[str, Any], draw: Any, encode: Encode) -> dict[str, Tensor]:
+        """The fields `text` and `pooled`, B arrays (L or fewer, W) and (W,), or the field `caption`, B strings.
+
+        Raises:
+            ValueError: if embeddings have another width or too many tokens.
+        """
+        if "text" in asked:
+            text, mask = self._padded(asked["text"])
+            pooled = torch.stack([torch.as_tensor(row) for row in asked["pooled"]]).float() if self.pooled else None
+            if pooled is not None and pooled.shape[-1] != self.width:
+                raise ValueError(f"pooled embeddings of width {pooled.shape[-1]}, but condition.width={self.width}")
+        else:
+            text, mask, pooled = self.encoder(asked["caption"], draw.device)
+            there = torch.tensor([bool(caption.strip()) for caption in asked["caption"]], device=mask.device)
+            mask, pooled = mask & there[:, None], pooled * there[:, None]
+        cond = {"text": text, "text_mask": mask} | ({"pooled": pooled} if self.pooled else {})
+        return {key: value.to(draw.device) for key, value in cond.items() if value is not None}
+
+    def _padded(self, rows: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """Embeddings of several lengths, with zeros behind: (B, L, W), (B, L)."""
+        tensors = [torch.as_tensor(row).float() for row in rows]
+        for row in tensors:
+            if row.ndim != 2 or row.shape[1] != self.width or len(row) > self.max_length:
+                raise ValueError(
+                    f"text embeddings of shape {tuple(row.shape)}, but condition.width={self.width} and "
+                    f"condition.max_length={self.max_length}: give (at most {self.max_length}, {self.width})"
+                )
+        text = torch.stack([F.pad(row, (0, 0, 0, self.max_length - len(row))) for row in tensors])
+        lengths = torch.tensor([len(row) for row in tensors])
+        return text, torch.arange(self.max_length) < lengths[:, None]
+
+    def null(self, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """No caption for anyone.
+
+        Raises:
+            ValueError: if the network never learns what that means.
+        """
+        check_learned(self.dropout)
+        own = ("text_mask", "pooled")
+        return {name: torch.zeros_like(value) if name in own else value for name, value in cond.items()}
+
+    def augment(self, cond: Mapping[str, Tensor], draw: Any) -> dict[str, Tensor]:
+        """No caption for a share `dropout` of the rows."""
+        kept = draw.uniform("drop text")[:, None] >= self.dropout
+        said = {name: cond[name] * kept for name in ("text_mask", "pooled") if name in cond}
+        return {**cond, **said}
