@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_encoders import clip
 
 from dit.command import evaluate, sample
 from dit.command.compose import ConfigError, compose
@@ -16,6 +17,12 @@ VARIED = {
     "weaker": ["trainer.max_steps=1"],
     "edm": ["noise=edm", "prediction=edm", "sampler.num_steps=3"],
     "unconditional": ["condition=none", "noise=flow", "prediction=flow"],
+    "text": [
+        *("condition=text", "condition.name=CLIP", "condition.width=64", "condition.max_length=12"),
+        *("condition.pooled=true", "model=dit_digits_text"),
+    ],
+    "superres": ["condition=superresolution", "condition.factor=2"],
+    "inpaint": ["condition=label_inpainting"],
     "learned": ["model.learn_sigma=true", "objective.bound_weight=1", "sampler=ddpm", "sampler.variance=learned"],
 }
 
@@ -24,7 +31,9 @@ VARIED = {
 def runs(tmp_path_factory, digits_dir):
     """Tiny runs of several kinds."""
     folder = tmp_path_factory.mktemp("sample") / "runs"
+    clip(folder.parent / "clip")
     for name, more in VARIED.items():
+        more = [option.replace("CLIP", str(folder.parent / "clip")) for option in more]
         overrides = [
             *("experiment=digits", f"run={name}", f"runs_dir={folder}", f"data_dir={digits_dir}", "metric=none"),
             *("logger=none", "model.hidden_size=16", "model.depth=1", "model.num_heads=2", "trainer.max_steps=3"),
@@ -46,6 +55,8 @@ def pictures(tmp_path_factory):
     (folder / "mask.png").write_bytes(encode_png(mask))
     (folder / "black.png").write_bytes(encode_png(0 * mask))
     (folder / "wide.png").write_bytes(encode_png(mask.repeat(1, 1, 2)))
+    (folder / "low.png").write_bytes(encode_png(pixels[:, :4, :4]))
+    (folder / "other_low.png").write_bytes(encode_png(pixels[:, 4:, 4:]))
     (folder / "text.png").write_text("no picture")
     return folder
 
@@ -129,12 +140,41 @@ def test_every_guidance_and_grid_draws_and_matters(runs, tmp_path, options):
 
 def test_an_unconditional_run_and_a_learned_variance_draw(runs, tmp_path):
     assert draw(runs, "run=unconditional", "num_images=3", f"out={tmp_path}/u.png").exists()
-    with pytest.raises(ConfigError, match="this run is unconditional"):
+    with pytest.raises(ConfigError, match=r"labels=\[1\]: run=unconditional is unconditional; leave labels out"):
         draw(runs, "run=unconditional", "labels=[1]")
     with pytest.raises(ConfigError, match="an unconditional model cannot be guided"):
         draw(runs, "run=unconditional", "guidance.scale=2")
     learned = draw(runs, "run=learned", f"out={tmp_path}/l.png").read_bytes()
     assert learned != draw(runs, "run=learned", "sampler.variance=small", f"out={tmp_path}/s.png").read_bytes()
+
+
+def test_prompts_are_told_and_negative_ones_led_away_from(runs, tmp_path):
+    def bytes_of(*options):
+        return draw(runs, "run=text", "num_images=4", "weights=model", *options, f"out={tmp_path}/a.png").read_bytes()
+
+    seven, scale = "prompt=a seven", "guidance.scale=3"
+    assert bytes_of(seven) == bytes_of("prompt=[a seven]") != bytes_of("prompt=a one") != bytes_of()
+    assert bytes_of("prompt=[a seven,a one]") != bytes_of(seven)
+    guided = bytes_of(seven, scale)
+    assert guided != bytes_of(seven) and bytes_of(seven, scale, "negative_prompt=''") == guided  # nothing told
+    assert bytes_of(seven, scale, "negative_prompt=a one") != guided
+    # away from what is asked for, guidance leads nowhere
+    assert bytes_of(seven, scale, "negative_prompt=a seven") == bytes_of(seven)
+
+
+def test_a_super_resolution_run_enlarges_a_picture(runs, pictures, tmp_path):
+    command = ("run=superres", "num_images=2", "weights=model", f"out={tmp_path}/a.png")
+    low = draw(runs, *command, f"image={pictures}/low.png").read_bytes()
+    assert draw(runs, *command, f"image={pictures}/low.png", "noise_level=0.2").read_bytes() != low
+    assert draw(runs, *command, f"image={pictures}/other_low.png").read_bytes() != low
+
+
+def test_a_run_trained_to_draw_in_holes_is_told_the_picture(runs, pictures, tmp_path):
+    command = ("run=inpaint", "num_images=2", "labels=[1,2]", f"out={tmp_path}/a.png", f"mask={pictures}/mask.png")
+    images = drawn(draw(runs, *command, f"image={pictures}/image.png"), 2)
+    with Image.open(pictures / "image.png") as file:
+        image = torch.from_numpy(np.array(file)).long()
+    assert torch.equal(images[:, :, :4], image[:, :4].expand(2, 8, 4)) and not torch.equal(images[0], images[1])
 
 
 def test_strength(runs, pictures, tmp_path):
@@ -190,9 +230,23 @@ def test_a_damaged_configuration_is_named(tmp_path, text):
     ("overrides", "message"),
     [
         ([], "whose weights"),
-        (["run=nope"], "no such run; runs in .*: edm, learned, plain"),
+        (["run=nope"], "no such run; runs in .*: edm, inpaint, learned, plain"),
         (["run=plain", "labels=[10]"], "give whole numbers from 0 to 9"),
         (["run=plain", "labels=[]"], "give whole numbers"),
+        (["run=plain", "prompt=a seven"], "prompt=a seven: run=plain is told label, but no caption; leave prompt out"),
+        (["run=plain", "negative_prompt=a one"], "run=plain is told no caption"),
+        (["run=text", "negative_prompt=a one"], "works by guidance: give guidance.scale=3"),
+        (["run=text", "prompt=[]"], "give a caption, like"),
+        (["run=text", "labels=[1]"], "run=text is told caption, but no label"),
+        (["run=plain", "noise_level=0.1"], "is for a super-resolution model"),
+        (["run=superres", "noise_level=1.5"], r"noise_level=1.5 must lie in \[0, 1\]"),
+        (["run=superres"], "run=superres enlarges pictures: give image=<path>"),
+        (["run=superres", "image=PICTURES/image.png"], "8 x 8 pixels, but this model enlarges 4 x 4 to 8 x 8"),
+        (["run=superres", "image=PICTURES/wide.png"], "16 x 8 pixels: this run enlarges squares"),
+        (["run=superres", "image=PICTURES/low.png", "strength=0.5"], "enlarges image=<path>, and edits none"),
+        (["run=superres", "image=PICTURES/low.png", "guidance.scale=2"], "cannot be left out"),
+        (["run=inpaint"], "draws in a hole: give image=<path>, and mask=<path>"),
+        (["run=inpaint", "image=PICTURES/image.png"], "draws in a hole"),
         (["run=plain", "labels=cat"], "give whole numbers"),
         (["run=plain", "num_images=0"], "num_images=0 must be at least 1"),
         (["run=plain", "sampler.num_steps=0"], "must be at least 1"),

@@ -65,9 +65,10 @@ def main(cfg: DictConfig) -> int:
         condition = run.parts.condition
         pipeline = run.parts.pipeline(run.denoiser, run.latent)
         picture = _picture(cfg, run) if cfg.image is not None else None
+        labels, prompts = _labels(cfg.labels, condition.sizes.get("num_classes", 0)), _prompts(cfg.prompt)
         asked = {
-            **_in_turn("labels", "label", _labels(cfg.labels, condition.sizes.get("num_classes", 0)), cfg, condition),
-            **_in_turn("prompt", "caption", _prompts(cfg.prompt), cfg, condition),
+            **_in_turn("labels", "label", labels, cfg, condition),
+            **_in_turn("prompt", "caption", prompts, cfg, condition),
             **_pictures(cfg, condition, picture),
         }
         avoid = _avoided(cfg, condition)
@@ -77,7 +78,7 @@ def main(cfg: DictConfig) -> int:
     draw = partial(pipeline, asked, cfg.num_images, seed=cfg.seed, batch_size=cfg.batch_size, avoid=avoid)
     with user_errors():  # what is asked for is looked at batch by batch
         images = keep(draw(noise=_noise(cfg, pipeline)))
-    kinds = len(set(asked.get("caption", ())) or set(asked.get("label", ())))
+    kinds = max(len(labels), len(prompts))
     columns = min(kinds, 20) if kinds > 1 else 10
     out.write_bytes(encode_png(grid(images, min(columns, cfg.num_images))))
     print(f"{cfg.num_images} images of step {step_of(run.checkpoint)}: {out}")

@@ -34,6 +34,7 @@ class TextEncoder:
         model = {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel"}.get(kind)
         if model is None:
             raise ValueError(f"condition.name={name} is a {kind} model: give a CLIP or T5 one")
+        transformers.utils.logging.disable_progress_bar()
         self.tokenizer: Any = _from_pretrained(transformers.AutoTokenizer, name)
         self.model: Any = _from_pretrained(getattr(transformers, model), name).requires_grad_(False).eval()
         self.max_length = max_length

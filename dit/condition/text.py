@@ -86,9 +86,11 @@ class Text(Condition):
             if pooled is not None and pooled.shape[-1] != self.width:
                 raise ValueError(f"pooled embeddings of width {pooled.shape[-1]}, but condition.width={self.width}")
         else:
-            text, mask, pooled = self.encoder(asked["caption"], draw.device)
-            there = torch.tensor([bool(caption.strip()) for caption in asked["caption"]], device=mask.device)
-            mask, pooled = mask & there[:, None], pooled * there[:, None]
+            different = list(dict.fromkeys(asked["caption"]))
+            rows = torch.tensor([different.index(caption) for caption in asked["caption"]], device=draw.device)
+            there = torch.tensor([bool(caption.strip()) for caption in different], device=draw.device)[:, None]
+            text, mask, pooled = self.encoder(different, draw.device)
+            text, mask, pooled = text[rows], (mask & there)[rows], (pooled * there)[rows]
         cond = {"text": text, "text_mask": mask} | ({"pooled": pooled} if self.pooled else {})
         return {key: value.to(draw.device) for key, value in cond.items() if value is not None}
 
