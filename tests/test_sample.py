@@ -21,7 +21,7 @@ VARIED = {
         *("condition=text", "condition.name=CLIP", "condition.width=64", "condition.max_length=12"),
         *("condition.pooled=true", "model=dit_digits_text"),
     ],
-    "superres": ["condition=superresolution", "condition.factor=2"],
+    "superres": ["condition=superresolution", "condition.factor=2", "trainer.max_steps=60"],
     "inpaint": ["condition=label_inpainting"],
     "learned": ["model.learn_sigma=true", "objective.bound_weight=1", "sampler=ddpm", "sampler.variance=learned"],
 }
