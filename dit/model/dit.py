@@ -12,6 +12,7 @@ from dit.model.layers import (
     LabelEmbedder,
     Mlp,
     PatchEmbed,
+    RMSNorm,
     Rotation,
     SwiGLU,
     TextEmbedder,
@@ -221,7 +222,7 @@ class DiT(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-            elif isinstance(module, nn.RMSNorm):
+            elif isinstance(module, RMSNorm):
                 module.reset_parameters()
             elif isinstance(module, TextEmbedder):
                 nn.init.normal_(module.nothing, std=0.02)
@@ -301,7 +302,7 @@ class DiT(nn.Module):
 
 def _norm(hidden_size: int, rms_norm: bool) -> nn.Module:
     if rms_norm:
-        return nn.RMSNorm(hidden_size, eps=1e-6)
+        return RMSNorm(hidden_size)
     return nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
 
 

@@ -123,8 +123,8 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.q_norm = nn.RMSNorm(hidden_size // num_heads, eps=1e-6) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(hidden_size // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
@@ -157,6 +157,17 @@ class CrossAttention(nn.Module):
         k, v = kv.permute(2, 0, 3, 1, 4)                                         # 2 x (B, heads, L, D / heads)
         x = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask[:, None, None])
         return self.proj(x.transpose(1, 2).reshape(batch, tokens, width))        # (B, N, D)
+
+
+class RMSNorm(nn.RMSNorm):
+    """X / sqrt(mean x^2) times a learned scale (arXiv:1910.07467), in the precision of x, as fused kernels need it."""
+
+    def __init__(self, width: int):
+        super().__init__(width, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class Mlp(nn.Module):

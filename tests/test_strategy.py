@@ -1,0 +1,165 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_encoders import clip
+
+from dit.command.compose import compose, config_dir
+from dit.model.dit import DiT
+from dit.noise.draw import Draw
+from dit.objective.objective import Batch
+from dit.train.build import Parts, build
+from dit.train.run import Run
+from dit.train.strategy import arrange
+
+MODELS = sorted(path.stem for path in (config_dir() / "model").glob("*.yaml") if path.stem not in ("dit", "unet"))
+SMALL = ["dit_digits", "dit_digits_modern", "dit_digits_text", "unet_digits"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_builds_on_meta(model):
+    size = {
+        "jit_b_32": 512,
+        "jit_l_32": 512,
+        "jit_h_32": 512,
+        "adm_64": 64,
+        "adm_128": 128,
+        "adm_512": 512,
+        "unet_cifar": 32,
+    }
+    overrides = ["run=x", f"model={model}"]
+    if "digits" in model:
+        overrides += ["data=digits"]
+    else:
+        overrides += ["data=webdataset", "data.path=x", f"data.image_size={size.get(model, 256)}"]
+        pixels = model.startswith(("jit", "adm", "unet"))
+        overrides += [] if pixels else ["latent=sd_vae"]
+    if model.endswith("text") or model.startswith("pixart"):
+        overrides += ["condition=text_t5", "data.fields=[label,caption]"]
+    parts = Parts(compose("train", overrides))
+    network = parts.denoiser("meta").network
+    assert all(p.is_meta for p in network.parameters())
+    assert any(isinstance(module, network.units) for module in network.modules())
+
+
+def small(name, tmp_path):
+    """The denoiser, objective and one batch of a small model."""
+    overrides = ["experiment=digits", f"model={name}"]
+    if name == "dit_digits_text":
+        clip(tmp_path / "clip")
+        overrides += ["condition=text", f"condition.name={tmp_path}/clip"]
+        overrides += ["condition.width=64", "condition.max_length=12"]
+    cfg = compose("train", overrides)
+    parts = Parts(cfg)
+    torch.manual_seed(0)
+    denoiser = parts.denoiser()
+    with torch.no_grad():
+        for p in denoiser.parameters():
+            if p.requires_grad:
+                p.add_(0.02 * torch.randn_like(p))  # so that nothing is zero
+    asked = {"label": torch.arange(16) % 10, "caption": ["a seven", "a one"] * 8}
+    draw = Draw(0, 0, range(8), 16)
+    cond = parts.condition(asked, draw, lambda images: images)
+    batch = Batch(torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(1)), cond, draw)
+    return denoiser, build(cfg.objective), batch
+
+
+def losses(name, tmp_path, *, bf16=False, **options):
+    """Those of three steps, and how many graphs had been compiled after each."""
+    denoiser, objective, batch = small(name, tmp_path)
+    arrange(denoiser.network, **options)
+    optimizer = torch.optim.AdamW([p for p in denoiser.parameters() if p.requires_grad], lr=1e-3)
+    figures, graphs = [], []
+    for step in range(3):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            [(_, loss)] = objective.phases(denoiser, batch, step)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        figures.append(loss.item())
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"] if options.get("compile") else 0)
+    return figures, graphs
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_recomputing_and_channels_last_change_nothing(name, bf16, tmp_path):
+    plain, _ = losses(name, tmp_path, bf16=bf16)
+    assert plain[2] < plain[0]
+    for options in ({"recompute": "all"}, {"recompute": "cheap"}):
+        assert losses(name, tmp_path, bf16=bf16, **options)[0] == plain
+    assert losses(name, tmp_path, bf16=bf16, channels_last=True)[0] == pytest.approx(plain, rel=2e-3 if bf16 else 1e-5)
+    assert losses(name, tmp_path)[0] == pytest.approx(plain, rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_compiled_it_is_the_same_and_compiled_once(name, bf16, tmp_path):
+    plain, _ = losses(name, tmp_path, bf16=bf16)
+    compiled, graphs = losses(name, tmp_path, bf16=bf16, compile=True)
+    assert compiled == pytest.approx(plain, rel=1e-2 if bf16 else 1e-4)
+    assert graphs[0] > 0 and len(set(graphs)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["all", "cheap"])
+def test_what_is_recomputed_can_be_compiled(recompute, tmp_path):
+    plain, _ = losses("dit_digits", tmp_path)
+    compiled, graphs = losses("dit_digits", tmp_path, compile=True, recompute=recompute)
+    assert compiled == pytest.approx(plain, rel=1e-4) and len(set(graphs)) == 1
+
+
+def kept(**options):
+    """How many numbers a network keeps for the backward pass."""
+    network = DiT(input_size=8, in_channels=1, patch_size=2, hidden_size=64, depth=4, num_heads=4)
+    arrange(network, **options)
+    sizes: dict[int, int] = {}
+    weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
+
+    def pack(x):
+        if (where := x.untyped_storage().data_ptr()) not in weights:
+            sizes[where] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = network(torch.randn(8, 1, 8, 8, requires_grad=True), torch.ones(8))
+    del out
+    return sum(sizes.values())
+
+
+def test_recomputing_saves_memory():
+    everything, nothing = kept(), kept(recompute="all")
+    assert nothing < everything / 4
+
+
+def test_a_run_is_executed_as_configured(config):
+    def of(name, *more):
+        run = Run(config(f"run={name}", "trainer.max_steps=3", *more))
+        assert run.fit() is None
+        lines = (Path(run.folder) / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["loss"] for line in lines]
+
+    assert of("a") == of("b", "trainer.recompute=all", "trainer.channels_last=true")
+
+
+@pytest.mark.slow
+def test_a_run_compiles_and_samples_without_compiling_again(config):
+    def of(name, *more):
+        run = Run(config(f"run={name}", "trainer.max_steps=4", "trainer.preview_every_steps=2", *more))
+        assert run.fit() is None
+        lines = (Path(run.folder) / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["loss"] for line in lines]
+
+    plain = of("a")
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert of("b", "trainer.compile=true") == pytest.approx(plain, rel=1e-3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
+
+
+def test_what_cannot_be_arranged_is_refused():
+    with pytest.raises(ValueError, match=r"trainer\.recompute=some: choose one of none, all, cheap"):
+        arrange(torch.nn.Linear(2, 2), recompute="some")
+    with pytest.raises(ValueError, match="Linear names no units"):
+        arrange(torch.nn.Linear(2, 2), compile=True)
