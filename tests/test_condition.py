@@ -1,3 +1,4 @@
+import io
 import sys
 
 import numpy as np
@@ -13,8 +14,11 @@ from dit.condition.several import Several
 from dit.condition.superresolution import SuperResolution
 from dit.condition.text import Text
 from dit.condition.unconditional import Unconditional
+from dit.data.image import encode_png
+from dit.data.pack import write_shards
 from dit.noise.draw import Draw
 from dit.train.build import Parts, build
+from dit.train.run import Run
 
 CAPTIONS = ["a seven", "an eight", "", "a seven"]
 
@@ -85,7 +89,7 @@ def test_precomputed_embeddings_say_the_same_and_need_no_encoder(encoders):
     text = Text(encoders["clip"], width=64, max_length=12, pooled=True)
     online = text({"caption": CAPTIONS[:2]}, draw(2), same)
     shards = Text("no/encoder", width=64, max_length=12, pooled=True, precomputed=True)
-    shards.check()
+    shards.check(None)
     assert shards.fields == ("text", "pooled")
     rows = np.empty(2, dtype=object)
     for i in range(2):
@@ -117,9 +121,9 @@ def test_captions_are_dropped_and_left_out(encoders):
 
 def test_what_is_wrong_with_an_encoder_is_said(encoders, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=r"condition\.width=768, but the embeddings of .* have 64"):
-        Text(encoders["clip"], width=768, max_length=12).check()
+        Text(encoders["clip"], width=768, max_length=12).check(None)
     with pytest.raises(ValueError, match=r"condition\.name=no/such-encoder is neither a folder .* offline"):
-        Text("no/such-encoder", width=64, max_length=12).check()
+        Text("no/such-encoder", width=64, max_length=12).check(None)
     (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_size": 64}')
     with pytest.raises(ValueError, match="is a bert model: give a CLIP or T5 one"):
         _ = Text(str(tmp_path), width=64, max_length=12).encoder
@@ -127,7 +131,7 @@ def test_what_is_wrong_with_an_encoder_is_said(encoders, monkeypatch, tmp_path):
         Text("x", width=64, max_length=0)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"pip install 'ditforge\[text\]'"):
-        Text(encoders["clip"], width=64, max_length=12).check()
+        Text(encoders["clip"], width=64, max_length=12).check(None)
 
 
 def test_low_resolution_is_averaged_enlarged_and_noised():
@@ -227,3 +231,24 @@ def test_conditions_and_models_that_do_not_fit_are_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
         build(cfg.data)
         Parts(cfg)
+
+
+def test_embeddings_in_shards_train_a_run_without_an_encoder(config, tmp_path):
+    def files(i):
+        file = io.BytesIO()
+        np.save(file, np.random.default_rng(i).normal(size=(1 + i % 5, 24)).astype(np.float16))
+        png = encode_png(torch.full((1, 8, 8), i, dtype=torch.uint8))
+        return {"png": png, "cls": b"%d" % (i % 10), "text.npy": file.getvalue()}
+
+    write_shards(tmp_path / "shards", (files(i) for i in range(64)), 20)
+    overrides = ["run=shards", "data=webdataset", f"data.path={tmp_path}/shards", "data.image_size=8"]
+    overrides += ["data.channels=1", "data.num_classes=10"]
+    overrides += ["condition=text", "condition.name=no/encoder", "condition.width=24", "condition.max_length=6"]
+    overrides += ["condition.precomputed=true", "model.cross_attention=true", "trainer.max_steps=3"]
+    with pytest.raises(ValueError, match=r"data\.fields=\[label,text\]"):
+        Run(config(*overrides))
+    run = Run(config(*overrides, "data.fields=[label,text]", "trainer.preview_every_steps=3"))
+    assert run.fit() is None
+    assert list((run.folder / "samples").glob("*.png"))
+    with pytest.raises(ValueError, match=r"embeddings of shape \(\d+, 24\), but condition\.width=32"):
+        Run(config(*overrides, "run=wider", "condition.width=32", "data.fields=[label,text]"))

@@ -66,3 +66,17 @@ def test_a_run_trains_in_the_latent_space(config, vae, capsys):
     run = Run(cfg)
     assert run.fit() is None
     assert "complete" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("condition", ["label_inpainting", "label_superresolution"])
+def test_pictures_are_told_in_the_latent_space(config, vae, condition):
+    from dit.train.run import Run
+
+    cfg = config(
+        *("latent=sd_vae", f"latent.name={vae}", "latent.stride=4", "data.image_size=16", "data.channels=3"),
+        *("model.patch_size=2", "trainer.max_steps=2", f"run={condition}", f"condition={condition}"),
+        "trainer.preview_every_steps=2",
+    )
+    run = Run(cfg)
+    assert run.parts.condition.sizes == {"num_classes": 10, "image_channels": 5}
+    assert run.fit() is None

@@ -10,7 +10,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from dit.train import checkpoint
+from dit.command.compose import compose
+from dit.train import checkpoint, trained
 from dit.train.run import Run
 
 
@@ -308,3 +309,38 @@ def test_wandb_out_of_reach_does_not_stop_a_run(config, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # a closed port
     assert len(train(config("logger=wandb"))) == 12
     assert "does not answer" in capsys.readouterr().out
+
+
+def test_a_run_begins_with_the_weights_it_is_given(config, tmp_path):
+    first = Run(config("run=first", "trainer.max_steps=3"))
+    assert first.fit() is None
+    denoiser = trained.load(first.parts, trained.newest(first.folder), weights="model")
+    torch.save({"ema": denoiser.network.state_dict(), "opt": {}}, tmp_path / "tiny.pt")
+    init = ("init=published", f"init.path={tmp_path}/tiny.pt")
+    run = Run(config("run=second", *init, "trainer.max_steps=1"))
+    assert run.fit() is None
+    before = [json.loads(line)["loss"] for line in (first.folder / "metrics.jsonl").read_text().splitlines()]
+    [loss] = [json.loads(line)["loss"] for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert loss != before[0]
+    (tmp_path / "tiny.pt").unlink()  # what goes on needs it no more
+    assert Run(config("run=second", *init, "trainer.max_steps=2")).fit() is None
+    with pytest.raises(ValueError, match=r"tiny\.pt"):
+        Run(config("run=third", *init))
+    torch.save(denoiser.network.state_dict(), tmp_path / "tiny.pt")
+    with pytest.raises(ValueError, match=r"hidden_size|\(16,"):
+        Run(config("run=third", *init, "model.hidden_size=32"))
+    assert not (first.folder.parent / "third").exists()
+
+
+def test_dropout_is_keyed_by_the_step(tmp_path, digits_dir):
+    def of(name, *stops):
+        for stop in stops:
+            overrides = ["experiment=digits", "model=unet_digits", "model.dropout=0.5", "model.model_channels=8"]
+            overrides += ["model.head_channels=8", f"run={name}", f"trainer.max_steps={stop}", "trainer.batch_size=16"]
+            overrides += [f"runs_dir={tmp_path}", f"data_dir={digits_dir}", "metric=none", "logger=none"]
+            overrides += ["data.num_workers=0", "trainer.log_every_steps=1", "trainer.preview_every_steps=2"]
+            overrides += ["learning_rate=constant", "sampler.num_steps=1"]
+            lines = train(compose("train", overrides))
+        return losses(lines)
+
+    assert of("whole", 4) == of("parts", 2, 4)

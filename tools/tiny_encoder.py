@@ -54,8 +54,15 @@ def t5(folder: Path) -> None:
     tokens = ["<pad>", "</s>", "<unk>", "▁", *string.ascii_lowercase]
     T5Tokenizer(vocab=[(token, 0.0) for token in tokens], extra_ids=0).save_pretrained(folder)
     torch.manual_seed(0)
-    sizes = {"d_model": WIDTH, "d_kv": 16, "d_ff": 2 * WIDTH, "num_layers": 2, "num_heads": 4}
-    config = T5Config(vocab_size=len(tokens), is_encoder_decoder=False, **sizes)
+    config = T5Config(
+        vocab_size=len(tokens),
+        d_model=WIDTH,
+        d_kv=16,
+        d_ff=2 * WIDTH,
+        num_layers=2,
+        num_heads=4,
+        is_encoder_decoder=False,
+    )
     T5EncoderModel(config).save_pretrained(folder)
 
 

@@ -25,8 +25,11 @@ class Condition(ABC):
     def sizes(self) -> dict[str, int]:
         """What a network is built with to be told this, such as {"num_classes": 10}."""
 
-    def check(self) -> None:
-        """See, before data and devices are touched, whether what is needed for training is there.
+    def check(self, sample: Mapping[str, Any] | None) -> None:
+        """See, before a device is touched, whether what is needed for training is there.
+
+        Args:
+            sample: a batch of one of the data; None if there are none yet.
 
         Raises:
             ValueError: if not.

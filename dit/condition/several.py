@@ -37,10 +37,10 @@ class Several(Condition):
         """Those of all."""
         return {name: size for condition in self.conditions.values() for name, size in condition.sizes.items()}
 
-    def check(self) -> None:
+    def check(self, sample: Mapping[str, Any] | None) -> None:
         """Check each."""
         for condition in self.conditions.values():
-            condition.check()
+            condition.check(sample)
 
     def asked(self, batch: Mapping[str, Any], draw: Any) -> Mapping[str, Any]:
         """What all would be asked."""

@@ -1,6 +1,6 @@
 """A caption."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -63,10 +63,12 @@ class Text(Condition):
         self._check_width()
         return TextEncoder(self.name, self.max_length)
 
-    def check(self) -> None:
-        """Whether the encoder is there, and of this width, if training needs it."""
+    def check(self, sample: Mapping[str, Any] | None) -> None:
+        """Whether the encoder is there, if training needs it, and embeddings have this width."""
         if not self.precomputed:
             self._check_width()
+        elif sample is not None:
+            self._read(sample)
 
     def _check_width(self) -> None:
         config = read_config(self.name)
@@ -81,10 +83,7 @@ class Text(Condition):
             ValueError: if embeddings have another width or too many tokens.
         """
         if "text" in asked:
-            text, mask = self._padded(asked["text"])
-            pooled = torch.stack([torch.as_tensor(row) for row in asked["pooled"]]).float() if self.pooled else None
-            if pooled is not None and pooled.shape[-1] != self.width:
-                raise ValueError(f"pooled embeddings of width {pooled.shape[-1]}, but condition.width={self.width}")
+            text, mask, pooled = self._read(asked)
         else:
             different = list(dict.fromkeys(asked["caption"]))
             rows = torch.tensor([different.index(caption) for caption in asked["caption"]], device=draw.device)
@@ -94,9 +93,12 @@ class Text(Condition):
         cond = {"text": text, "text_mask": mask} | ({"pooled": pooled} if self.pooled else {})
         return {key: value.to(draw.device) for key, value in cond.items() if value is not None}
 
-    def _padded(self, rows: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """Embeddings of several lengths, with zeros behind: (B, L, W), (B, L)."""
-        tensors = [torch.as_tensor(row).float() for row in rows]
+    def _read(self, asked: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Embeddings of several lengths, with zeros behind: (B, L, W), (B, L), (B, W)."""
+        pooled = torch.stack([torch.as_tensor(row) for row in asked["pooled"]]).float() if self.pooled else None
+        if pooled is not None and pooled.shape[-1] != self.width:
+            raise ValueError(f"pooled embeddings of width {pooled.shape[-1]}, but condition.width={self.width}")
+        tensors = [torch.as_tensor(row).float() for row in asked["text"]]
         for row in tensors:
             if row.ndim != 2 or row.shape[1] != self.width or len(row) > self.max_length:
                 raise ValueError(
@@ -105,7 +107,7 @@ class Text(Condition):
                 )
         text = torch.stack([F.pad(row, (0, 0, 0, self.max_length - len(row))) for row in tensors])
         lengths = torch.tensor([len(row) for row in tensors])
-        return text, torch.arange(self.max_length) < lengths[:, None]
+        return text, torch.arange(self.max_length) < lengths[:, None], pooled
 
     def null(self, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """No caption for anyone.

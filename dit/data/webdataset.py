@@ -145,6 +145,17 @@ class WebDataset:
         samples = _samples([folder / shard.name for shard in self._shards(folder)])
         return _collate([self.decode(sample) for sample in itertools.islice(samples, most)])
 
+    def first(self) -> dict[str, Any]:
+        """The first sample, as a batch of one.
+
+        Raises:
+            ValueError: if it cannot be read.
+        """
+        try:
+            return self.read(self.path, most=1)
+        except DataError as error:
+            raise ValueError(str(error)) from error
+
     def decode(self, sample: dict[str, Any]) -> dict[str, Any]:
         """A sample's `key`, `image` and fields.
 

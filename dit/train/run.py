@@ -72,8 +72,10 @@ class Run:
         self._arrange(denoiser.network)
         self.tracker = build(cfg.logger)
         self.data = build(cfg.data)
-        self.parts.condition.check()
+        self.parts.condition.check(None)
         self.data.check()  # before the optimizer, whose making imports torch's compiler, which takes seconds
+        if self.data.path.exists():
+            self.parts.condition.check(self.data.first())
         if cfg.metric and cfg.data.held_out is None:
             raise ValueError("data.held_out=null, but the metric needs held-out images: give a folder, or metric=none")
         if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
@@ -82,10 +84,9 @@ class Run:
         build(cfg.ema)(denoiser.network)
         self.num_parameters = sum(p.numel() for p in denoiser.network.parameters())
         self.latent = self.parts.latent()
-        init = build(cfg.init) if cfg.init else None
-        self.init = fitted(init(), denoiser.network) if init else None
-
         self.folder = Path(cfg.runs_dir) / cfg.run
+        begins = not checkpoint.committed(self.folder / "checkpoints")
+        self.init = fitted(build(cfg.init)(), denoiser.network) if cfg.init and begins else None
         self.resolved = OmegaConf.to_container(cfg, resolve=True)
         self._lock = self._claim()
         try:
