@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,12 @@ def test_the_first_screen_has_the_two_commands():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_commands_compose(command, tmp_path, monkeypatch):
-    _, verb, *words = command.split()
+    _, verb, *words = shlex.split(command)
     module = importlib.import_module(f"dit.command.{verb}")
-    (tmp_path / "runs" / "digits").mkdir(parents=True)
-    OmegaConf.save(compose("train", ["experiment=digits"]), tmp_path / "runs" / "digits" / "config.yaml", resolve=True)
+    for run in ("digits", "digits_text", "digits_superres", "digits_inpaint"):
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        cfg = compose("train", [f"experiment={run}"])
+        OmegaConf.save(cfg, tmp_path / "runs" / run / "config.yaml", resolve=True)
     monkeypatch.chdir(tmp_path)
     if hasattr(module, "prepare"):
         module.prepare(words)

@@ -257,9 +257,9 @@ def _report(options: argparse.Namespace, rows: list[Trained], rate: float, flops
         "date": datetime.date.today().isoformat(),
     }
     print(f"{machine}; matmul rate {rate / 1e9:,.1f} GFLOP/s, {flops / 1e9:,.1f} GFLOP a step", end="\n\n")
-    print(
-        "| | step, ms (least - most) | forward + backward | optimizer | over ours, eager | of the matmul rate |", end=""
-    )
+    base = next((row for row in rows if row.name == PEER), rows[0])
+    columns = f"step, ms (least - most) | forward + backward | optimizer | step over that of {base.name}"
+    print(f"| | {columns} | of the matmul rate |", end="")
     print(" peak, GiB |" if GPU else "")
     print("|---" * (7 if GPU else 6) + "|")
     results = {}
