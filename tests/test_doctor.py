@@ -48,13 +48,13 @@ def test_operations_of_unets_are_about_the_papers(name, size, gmacs):
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("recompute", ["none", "all"])
-def test_activations_are_what_a_real_forward_saves(precision, recompute):
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_activations_are_what_a_real_forward_saves(precision, mode):
     from dit.train.strategy import arrange
 
-    recipe = parts(*SMALL, f"trainer.precision={precision}", f"trainer.recompute={recompute}")
+    recipe = parts(*SMALL, f"trainer.precision={precision}", f"trainer.activation_checkpointing={mode}")
     network = recipe.denoiser().network
-    arrange(network, recompute=recompute)
+    arrange(network, checkpointing=mode)
     own = {p.untyped_storage().data_ptr() for p in network.parameters()}
     saved = {}
 
@@ -85,9 +85,11 @@ def test_each_part_of_the_memory():
 
 
 def test_recomputing_keeps_less():
-    none, cheap, most = (memory(parts(*SMALL, f"trainer.recompute={r}"), 16) for r in ("none", "cheap", "all"))
-    assert most.activations < cheap.activations < none.activations
-    assert most.total < cheap.total < none.total
+    none, some, most = (
+        memory(parts(*SMALL, f"trainer.activation_checkpointing={r}"), 16) for r in ("none", "selective", "full")
+    )
+    assert most.activations < some.activations < none.activations
+    assert most.total < some.total < none.total
     assert most.passing > none.passing  # one block's activations at a time
 
 

@@ -79,7 +79,7 @@ def test_the_metric_puts_both_in_bits_per_dimension():
     schedule = linear()
     images = (data(300) * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).reshape(-1, *SHAPE)
     held_out = {"image": images, "label": torch.zeros(300, dtype=torch.long)}
-    subject = Subject(dict, lambda samples: images, lambda x, t, samples: denoise(schedule)(x, t), schedule, SHAPE)
+    subject = Subject(dict, lambda samples: images, lambda x, t, told: denoise(schedule)(x, t), schedule, SHAPE)
     figures = partial(likelihood, grid=partial(log_snr, sigma_min=4e-3), nats=nats, num_probes=4)(
         subject, held_out, held_out
     )

@@ -6,6 +6,7 @@ cores. Runs that are already complete are only read.
 
 import argparse
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -47,7 +48,8 @@ def main() -> None:
 
 def trained(overrides: list[str], options: argparse.Namespace) -> dict[str, float]:
     """The summary of a run, which is trained first if it is not yet."""
-    run = "-".join(override.replace("/", "_") for override in [*overrides, *options.overrides])
+    words = [override.removeprefix("experiment=") for override in [*overrides, *options.overrides]]
+    run = re.sub(r"[^\w.-]", "_", "-".join(["table", *words]))
     folder = options.runs_dir / run
     command = [sys.executable, "-m", "dit", "train", f"run={run}", f"runs_dir={options.runs_dir}"]
     command += [f"data_dir={options.data_dir}", *overrides, *options.overrides]

@@ -35,7 +35,7 @@ def main(cfg: DictConfig) -> int:
     digits = ",.2f" if macs >= 1e8 else ".3g"
     print(f"  an image forward   {2 * macs / 1e9:{digits}} GFLOP = {macs / 1e9:{digits}} GMAC", end="")
     print(' (multiply-adds, the "Gflops" of the papers)')
-    options = f"trainer.precision={cfg.trainer.precision} trainer.recompute={cfg.trainer.recompute}"
+    options = " ".join(f"trainer.{key}={cfg.trainer[key]}" for key in ("precision", "activation_checkpointing"))
     print(f"  memory of a training step, {batch_size} images at a time, {options}")
     notes = {
         "optimizer": cfg.optimizer._target_.rpartition(".")[2],

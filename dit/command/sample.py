@@ -109,6 +109,8 @@ def _avoided(cfg: DictConfig, condition: "Condition") -> dict[str, list[str]] | 
         return None
     if "caption" not in condition.asks:
         raise ValueError(f"negative_prompt={cfg.negative_prompt}: run={cfg.run} is told no caption; leave it out")
+    if not cfg.guidance._target_.endswith("ClassifierFree"):
+        raise ValueError(f"negative_prompt={cfg.negative_prompt} works by guidance=classifier_free alone")
     if cfg.guidance.get("scale", 1) == 1:
         raise ValueError(f"negative_prompt={cfg.negative_prompt} works by guidance: give guidance.scale=3 or so")
     return {"caption": [str(cfg.negative_prompt)]}

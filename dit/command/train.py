@@ -30,7 +30,7 @@ CHOICES: dict[str, Sequence[Any]] = {
     "trainer.accelerator": ("auto", "cpu", "gpu"),
     "trainer.precision": ("32-true", "bf16-mixed"),
     "trainer.devices": (1,),
-    "trainer.recompute": ("none", "all", "cheap"),
+    "trainer.activation_checkpointing": ("none", "full", "selective"),
 }
 
 

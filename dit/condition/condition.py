@@ -49,6 +49,10 @@ class Condition(ABC):
             ValueError: if it cannot be asked for.
         """
 
+    def part(self, asked: Mapping[str, Any], draw: Any, encode: Encode) -> dict[str, Tensor]:
+        """`cond` of what is asked for, as far as it is."""
+        return self(asked, draw, encode) if set(self.asks) <= asked.keys() else {}
+
     @abstractmethod
     def null(self, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`cond` of the same shapes in which this says nothing: the other half of guidance.

@@ -28,7 +28,10 @@ class TextEncoder:
     """
 
     def __init__(self, name: str, max_length: int):
-        kind = read_config(name).model_type
+        config = read_config(name)
+        kind, most = config.model_type, getattr(config, "max_position_embeddings", None)
+        if most is not None and max_length > most:
+            raise ValueError(f"condition.max_length={max_length}, but {name} reads at most {most} tokens")
         import transformers
 
         model = {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel"}.get(kind)
@@ -44,7 +47,8 @@ class TextEncoder:
         """What the encoder makes of captions, in float32."""
         options = {"padding": "max_length", "max_length": self.max_length, "truncation": True, "return_tensors": "pt"}
         tokens = self.tokenizer(list(captions), **options).to(device)
-        output = self.model.to(device)(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+        with torch.autocast(torch.device(device).type, enabled=False):  # of the network, whose training it sits in
+            output = self.model.to(device)(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
         text, mask = output.last_hidden_state.float(), tokens.attention_mask.bool()
         pooled = getattr(output, "pooler_output", None)
         if pooled is None:

@@ -50,6 +50,10 @@ class Several(Condition):
         """What all say."""
         return {name: value for c in self.conditions.values() for name, value in c(asked, draw, encode).items()}
 
+    def part(self, asked: Mapping[str, Any], draw: Any, encode: Encode) -> dict[str, Tensor]:
+        """What those say that are asked."""
+        return {name: value for c in self.conditions.values() for name, value in c.part(asked, draw, encode).items()}
+
     def null(self, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Nothing of what may be left out.
 

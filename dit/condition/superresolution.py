@@ -56,7 +56,7 @@ class SuperResolution(Condition):
         """The field `low_resolution`, uint8 (B, C, h, w), enlarged; noised if `noise_level` (a number) asks for it.
 
         Raises:
-            ValueError: if it has another size.
+            ValueError: if it has another size, or noise_level is more than max_noise.
         """
         low = asked["low_resolution"]
         side = self.image_size // self.factor
@@ -69,6 +69,10 @@ class SuperResolution(Condition):
         large = F.interpolate(scaled, size=(self.image_size,) * 2, mode="bicubic").clamp(-1, 1)
         z = encode(large)
         level = float(asked.get("noise_level") or 0.0)
+        if level > self.max_noise:
+            raise ValueError(
+                f"noise_level={level} is more than it was trained with, condition.max_noise={self.max_noise}"
+            )
         if level == 0:
             return {"image": torch.cat([z, torch.zeros_like(z[:, :1])], dim=1)}
         return {"image": self._noised(z, torch.full((len(z),), level, device=z.device), draw)}

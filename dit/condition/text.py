@@ -23,7 +23,8 @@ class Text(Condition):
         width: of its embeddings, W.
         max_length: tokens, L.
         pooled: tell one vector for the whole caption, too.
-        precomputed: read embeddings (`.text.npy`, (L, W) or fewer tokens, and `.pooled.npy`, (W,)) instead of captions.
+        precomputed: read embeddings instead of captions: `.text.npy`, of the tokens that are there, (at most L, W),
+            and `.pooled.npy`, (W,). An array without tokens, (0, W), says nothing.
         dropout: probability that a training sample is told nothing, for classifier-free guidance (arXiv:2207.12598).
 
     Raises:
@@ -66,7 +67,7 @@ class Text(Condition):
     def check(self, sample: Mapping[str, Any] | None) -> None:
         """Whether the encoder is there, if training needs it, and embeddings have this width."""
         if not self.precomputed:
-            self._check_width()
+            self.encoder(["a"])
         elif sample is not None:
             self._read(sample)
 
@@ -82,23 +83,24 @@ class Text(Condition):
         Raises:
             ValueError: if embeddings have another width or too many tokens.
         """
-        if "text" in asked:
+        if self.precomputed and "text" in asked:
             text, mask, pooled = self._read(asked)
         else:
             different = list(dict.fromkeys(asked["caption"]))
-            rows = torch.tensor([different.index(caption) for caption in asked["caption"]], device=draw.device)
-            there = torch.tensor([bool(caption.strip()) for caption in different], device=draw.device)[:, None]
+            rows = torch.tensor([different.index(caption) for caption in asked["caption"]]).to(draw.device)
+            there = torch.tensor([bool(caption.strip()) for caption in different]).to(draw.device)[:, None]
             text, mask, pooled = self.encoder(different, draw.device)
             text, mask, pooled = text[rows], (mask & there)[rows], (pooled * there)[rows]
         cond = {"text": text, "text_mask": mask} | ({"pooled": pooled} if self.pooled else {})
-        return {key: value.to(draw.device) for key, value in cond.items() if value is not None}
+        moved = {key: value.to(draw.device, non_blocking=True) for key, value in cond.items() if value is not None}
+        return {key: value if key == "text_mask" else value.float() for key, value in moved.items()}
 
     def _read(self, asked: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Embeddings of several lengths, with zeros behind: (B, L, W), (B, L), (B, W)."""
-        pooled = torch.stack([torch.as_tensor(row) for row in asked["pooled"]]).float() if self.pooled else None
+        pooled = torch.stack([torch.as_tensor(row) for row in asked["pooled"]]) if self.pooled else None
         if pooled is not None and pooled.shape[-1] != self.width:
             raise ValueError(f"pooled embeddings of width {pooled.shape[-1]}, but condition.width={self.width}")
-        tensors = [torch.as_tensor(row).float() for row in asked["text"]]
+        tensors = [torch.as_tensor(row) for row in asked["text"]]
         for row in tensors:
             if row.ndim != 2 or row.shape[1] != self.width or len(row) > self.max_length:
                 raise ValueError(

@@ -124,7 +124,7 @@ class WebDataset:
 
         Yields:
             `image`, uint8 (B, C, H, W), `key`, an array of B names, and the fields: `label`, int64 (B,), the others
-            arrays of B strings or tensors.
+            arrays of B strings or arrays.
         """
         shards = self._shards(self.path)
         workers = max(1, self.num_workers)
@@ -261,11 +261,11 @@ def _shuffle(samples: Iterator[dict[str, Any]], buffer: int, key: str) -> Iterat
     return iter(shuffle(buffer, initial=buffer, rng=random.Random(key))(samples))
 
 
-def _embedding(data: bytes, dimensions: int) -> Tensor:
+def _embedding(data: bytes, dimensions: int) -> np.ndarray:
     array = np.load(io.BytesIO(data), allow_pickle=False)
     if array.ndim != dimensions:
         raise ValueError(f"an embedding of shape {array.shape}, expected {dimensions} dimensions")
-    return torch.from_numpy(array)
+    return array  # a worker passes tensors on by a file descriptor each, of which there are not enough
 
 
 def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -65,10 +65,10 @@ def likelihood(
     bits: dict[str, list[Tensor]] = {"bits_per_dim": [], "bits_per_dim_bound": []}
     for first in range(0, len(images), batch_size):
         samples = rows(held_out, slice(first, min(first + batch_size, len(images))))
-        part = samples["image"]
+        part, told = samples["image"], subject.told(samples)
 
-        def denoise(x_t: Tensor, t: Tensor, samples: Samples = samples) -> Any:
-            return subject.denoise(x_t, t, samples)
+        def denoise(x_t: Tensor, t: Tensor, told: dict[str, Tensor] = told) -> Any:
+            return subject.denoise(x_t, t, told)
 
         level = part.float() + torch.rand(part.shape, generator=generator) - 0.5
         log_p = log_likelihood(denoise, schedule, level / 127.5 - 1, times[:-1], generator, num_probes)

@@ -13,11 +13,12 @@ class Subject(NamedTuple):
 
     told: Callable[[Samples], dict[str, Tensor]]  # what the network is told of samples
     draw: Callable[[Samples], Tensor]  # told that, uint8 images (N, C, H, W), sampled as the run is configured
-    denoise: Callable[[Tensor, Tensor, Samples], Any]  # x_t (B, C, H, W), t (B,) or (), samples -> (x0, eps)
+    denoise: Callable[[Tensor, Tensor, dict[str, Tensor]], Any]  # x_t (B, C, H, W), t (B,) or (), told -> (x0, eps)
     schedule: Any  # t -> (alpha, sigma)
     shape: tuple[int, ...]  # (C, H, W) of what the network sees
 
 
 def rows(samples: Samples, which: Any) -> dict[str, Any]:
-    """Some of the samples, by a slice or numbers."""
-    return {name: value[which] for name, value in samples.items()}
+    """Some of the samples, by a slice or numbers (N,)."""
+    numbers = which.numpy() if isinstance(which, Tensor) else which  # a tensor of one number would take one element
+    return {name: value[numbers] for name, value in samples.items()}

@@ -160,14 +160,15 @@ class CrossAttention(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """X / sqrt(mean x^2) times a learned scale (arXiv:1910.07467), in the precision of x, as fused kernels need it."""
+    """X / sqrt(mean x^2) times a learned scale (arXiv:1910.07467), in float32."""
 
     def __init__(self, width: int):
         super().__init__(width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.eps).to(x.dtype)
 
 
 class Mlp(nn.Module):

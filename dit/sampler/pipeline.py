@@ -80,7 +80,7 @@ class Pipeline:
             cond = self.condition(part, draw, encode)
             null = self.condition.null
             if avoid is not None:
-                null = partial(_instead, self.condition({**part, **avoid}, draw, encode))
+                null = partial(_instead, null, self.condition.part(avoid, draw, encode))
             guided = self.guidance(self.denoiser, null)
             x = draw.normal("x", self.latent.shape) if noise is None else noise[first : first + len(lanes)]
             x = schedule(self.times[0]).sigma * x
@@ -109,9 +109,11 @@ def _rows(value: Any, rows: slice) -> Any:
     return value if isinstance(value, int | float) else value[rows]
 
 
-def _instead(other: Mapping[str, Tensor], cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What is said instead, for as many rows."""
-    return {name: other[name].expand_as(value) for name, value in cond.items()}
+def _instead(
+    null: Callable[..., dict[str, Tensor]], other: Mapping[str, Tensor], cond: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What is said instead, for as many rows; nothing besides."""
+    return {**null(cond), **{name: value.expand_as(cond[name]) for name, value in other.items() if name in cond}}
 
 
 def to_uint8(images: Tensor) -> Tensor:

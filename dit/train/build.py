@@ -118,10 +118,10 @@ class Parts:
                 pipeline, asked = self.pipeline(denoiser, latent), self.condition.asked(samples, numbers(samples))
                 return pipeline(asked, len(next(iter(samples.values()))), seed=seed, batch_size=batch_size)
 
-        def denoise(x_t: Tensor, t: Tensor, samples: Samples) -> Estimate:
+        def denoise(x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Estimate:
             device = next(denoiser.parameters()).device
             with within():
-                estimate = denoiser(x_t.to(device), t.to(device), **told(samples))
+                estimate = denoiser(x_t.to(device), t.to(device), **cond)
             return type(estimate)(*(None if field is None else field.to(x_t.device) for field in estimate))
 
         return Subject(told, draw, denoise, self.schedule, latent.shape)

@@ -51,13 +51,13 @@ def memory(parts: Parts, batch_size: int) -> Memory:
 
     They stand for those of a CPU, whose fused attention keeps what that of a GPU keeps. With
     trainer.precision=bf16-mixed autocast is the CPU's, but normalizations are in float32, as on a GPU.
-    trainer.recompute is honoured; trainer.compile is not, which would keep less.
+    trainer.activation_checkpointing is honoured; trainer.compile is not, which would keep less.
     """
     options = parts.cfg.trainer
     network = parts.denoiser("meta").network
     with FakeTensorMode(), _Alive() as alive:
         network._apply(lambda p: torch.empty(p.shape, dtype=p.dtype, device="cpu"))
-        arrange(network, recompute=options.recompute)
+        arrange(network, checkpointing=options.activation_checkpointing)
         parameters = alive.bytes
         average = build(parts.cfg.ema)(network)
         ema = alive.bytes - parameters

@@ -44,6 +44,8 @@ FREE = {
     "logger",
 }
 FREE |= {"data.path", "data.held_out", "init"}
+FREE |= {"condition.name"}  # of a text encoder, which may move; its width is checked
+PROGRESS = {"step", "loss", "images_per_second"}  # the figures of a summary that no metric gave
 FIXED = {f"trainer.{name}" for name in ("batch_size", "micro_batch_size", "lanes", "precision", "max_grad_norm")}
 
 
@@ -101,13 +103,19 @@ class Run:
     def _arrange(self, network: nn.Module) -> None:
         """Set how the network is executed."""
         options = self.cfg.trainer
-        arrange(network, recompute=options.recompute, compile=options.compile, channels_last=options.channels_last)
+        arrange(
+            network,
+            checkpointing=options.activation_checkpointing,
+            compile=options.compile,
+            channels_last=options.channels_last,
+        )
 
     def _denoiser(self) -> Denoiser:
         """The denoiser as it begins, ready to be executed."""
         denoiser = self.parts.denoiser()
         if self.init:
-            denoiser.network.load_state_dict(self.init, strict=False)
+            denoiser.network.load_state_dict(self.init)
+            self.init = None  # it may be large
         self._arrange(denoiser.network)
         return denoiser
 
@@ -163,7 +171,7 @@ class Run:
         max_steps = self.cfg.trainer.max_steps
         try:
             before = json.loads(summary.read_text()) if summary.exists() else {}
-            judged = "accuracy" in before or not self.cfg.metric
+            judged = bool(before.keys() - PROGRESS) or not self.cfg.metric
             if before.get("step") == self.step == max_steps and judged:
                 print(f"dit: {self.folder} is complete at step {self.step}")
                 _report(self.folder, before)

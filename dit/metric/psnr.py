@@ -7,7 +7,7 @@ from dit.metric.subject import Samples, Subject, rows
 
 
 @torch.no_grad()
-def fidelity(
+def psnr(
     subject: Subject, train: Samples, held_out: Samples, *, num_images: int = 2000, seed: int = 0
 ) -> dict[str, float]:
     """Peak signal-to-noise ratio, 10 log10(255^2 / mean square error), of held-out images as a model restores them.
@@ -32,12 +32,12 @@ def fidelity(
     images = samples["image"]
     told = subject.told(samples).get("image")
     if told is None or subject.shape != tuple(images.shape[1:]):
-        raise ValueError("metric=fidelity is for networks that are told a picture, in pixels")
+        raise ValueError("metric=psnr is for networks that are told a picture, in pixels")
     before = ((told[:, : images.shape[1]].cpu() + 1) * 127.5).round()
-    return {"psnr": psnr(subject.draw(samples), images), "psnr_told": psnr(before, images)}
+    return {"psnr": decibels(subject.draw(samples), images), "psnr_told": decibels(before, images)}
 
 
-def psnr(images: Tensor, reference: Tensor) -> float:
+def decibels(images: Tensor, reference: Tensor) -> float:
     """10 log10(255^2 / mean square error), both (N, C, H, W) in 0..255, in dB."""
     error = (images.double() - reference.double()).square().mean()
     return (10 * (255**2 / error).log10()).item()
