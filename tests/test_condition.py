@@ -1,5 +1,7 @@
 import io
+import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +18,9 @@ from dit.condition.text import Text
 from dit.condition.unconditional import Unconditional
 from dit.data.image import encode_png
 from dit.data.pack import write_shards
+from dit.noise.denoiser import Denoiser
 from dit.noise.draw import Draw
+from dit.sampler.pipeline import Pipeline
 from dit.train.build import Parts, build
 from dit.train.run import Run
 
@@ -85,6 +89,36 @@ def test_the_encoder_is_the_librarys(encoders):
     torch.testing.assert_close(encoded.pooled, output.pooler_output)
 
 
+def test_the_encoder_stays_in_float32_within_autocast(encoders):
+    text = Text(encoders["clip"], width=64, max_length=12)
+    plain = text({"caption": CAPTIONS}, draw(4), same)["text"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(text({"caption": CAPTIONS}, draw(4), same)["text"], plain)
+
+
+def test_a_negative_prompt_replaces_the_caption_and_leaves_out_the_rest(encoders):
+    text = Text(encoders["clip"], width=64, max_length=12)
+    both = Several(label=Label(10), text=text)
+    assert both.part({"caption": ["a one"]}, draw(1), same).keys() == {"text", "text_mask"}
+    assert both.part({"caption": ["a one"], "label": [1]}, draw(1), same).keys() == {"label", "text", "text_mask"}
+    cfg = compose("train", ["experiment=digits", "sampler.num_steps=2", "guidance.scale=3"])
+    parts, seen = Parts(cfg), {}
+
+    def network(x, time, **cond):
+        seen.update(cond)
+        return x
+
+    denoiser = Denoiser(torch.nn.Linear(1, 1), parts.schedule, parts.prediction)
+    denoiser.network.forward = network
+    pipeline = Pipeline(denoiser, both, parts.latent(), parts._guidance, parts._sampler, parts.grid)
+    pipeline({"caption": ["a two"] * 2, "label": [1, 2]}, 2, avoid={"caption": ["a one"]})
+    assert seen["label"].tolist() == [1, 2, 10, 10]
+    other = text({"caption": ["a one"]}, draw(1), same)["text"]
+    assert torch.equal(seen["text"][2:], other.expand(2, -1, -1)) and not torch.equal(
+        seen["text"][:2], seen["text"][2:]
+    )
+
+
 def test_precomputed_embeddings_say_the_same_and_need_no_encoder(encoders):
     text = Text(encoders["clip"], width=64, max_length=12, pooled=True)
     online = text({"caption": CAPTIONS[:2]}, draw(2), same)
@@ -125,6 +159,12 @@ def test_what_is_wrong_with_an_encoder_is_said(encoders, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=r"condition\.name=no/such-encoder is neither a folder .* offline"):
         Text("no/such-encoder", width=64, max_length=12).check(None)
     (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_size": 64}')
+    with pytest.raises(ValueError, match=r"condition\.max_length=20, but .* reads at most 16 tokens"):
+        Text(encoders["clip"], width=64, max_length=20).check(None)
+    (tmp_path / "bare").mkdir()
+    shutil.copy(Path(encoders["clip"]) / "config.json", tmp_path / "bare")
+    with pytest.raises(ValueError, match="neither a folder with a text encoder and its tokenizer"):
+        Text(str(tmp_path / "bare"), width=64, max_length=12).check(None)
     with pytest.raises(ValueError, match="is a bert model: give a CLIP or T5 one"):
         _ = Text(str(tmp_path), width=64, max_length=12).encoder
     with pytest.raises(ValueError, match=r"condition\.max_length=0"):

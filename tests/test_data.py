@@ -1,6 +1,7 @@
 import io
 import itertools
 import json
+import resource
 import tarfile
 from collections import Counter
 
@@ -183,3 +184,22 @@ def test_the_grid_keeps_every_image():
     picture = grid(images, columns=4)
     assert picture.shape == (3, 2 * 48 + 2, 4 * 48 + 3 * 2)
     assert set(picture.unique().tolist()) == {*range(7), 255}
+
+
+def test_workers_pass_on_more_embeddings_than_there_are_file_descriptors(tmp_path):
+    def sample(i):
+        file = io.BytesIO()
+        np.save(file, np.full((3, 4), i, dtype=np.float16))
+        return {"png": png(i % 250), "cls": b"1", "text.npy": file.getvalue()}
+
+    write_shards(tmp_path / "shards", (sample(i) for i in range(400)), 100)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
+    try:
+        stream_ = stream(tmp_path / "shards", fields=["label", "text"], num_workers=2)
+        batches = stream_.batches(100, seed=0)
+        for batch in itertools.islice(batches, 6):
+            assert batch["text"].shape == (100,) and batch["text"][0].shape == (3, 4)
+        batches.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

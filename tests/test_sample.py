@@ -237,6 +237,11 @@ def test_a_damaged_configuration_is_named(tmp_path, text):
         (["run=plain", "negative_prompt=a one"], "run=plain is told no caption"),
         (["run=text", "negative_prompt=a one"], "works by guidance: give guidance.scale=3"),
         (["run=text", "prompt=[]"], "give a caption, like"),
+        (
+            ["run=text", "negative_prompt=a", "guidance=autoguidance", "guidance.weak.run=text"],
+            "works by guidance=classifier_free alone",
+        ),
+        (["run=superres", "image=PICTURES/low.png", "noise_level=0.9"], "noise_level=0.9 is more than in training"),
         (["run=text", "labels=[1]"], "run=text is told caption, but no label"),
         (["run=plain", "noise_level=0.1"], "is for a super-resolution model"),
         (["run=superres", "noise_level=1.5"], r"noise_level=1.5 must lie in \[0, 1\]"),

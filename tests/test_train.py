@@ -118,9 +118,13 @@ def test_the_same_seed_gives_the_same_losses_and_another_others(config):
     assert first != other
 
 
-def test_micro_batches_do_not_change_the_numbers(config):
-    whole = train(config("run=whole"))
-    parts = train(config("run=parts", "trainer.micro_batch_size=8"))
+@pytest.mark.parametrize(
+    "condition", ["label", "none", "label_inpainting", "superresolution"], ids=lambda name: f"condition={name}"
+)
+def test_micro_batches_do_not_change_the_numbers(config, condition):
+    told = [f"condition={condition}", *(["condition.factor=2"] if condition == "superresolution" else [])]
+    whole = train(config("run=whole", *told))
+    parts = train(config("run=parts", "trainer.micro_batch_size=8", *told))
     for a, b in zip(whole, parts, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
@@ -322,6 +326,8 @@ def test_a_run_begins_with_the_weights_it_is_given(config, tmp_path):
     before = [json.loads(line)["loss"] for line in (first.folder / "metrics.jsonl").read_text().splitlines()]
     [loss] = [json.loads(line)["loss"] for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert loss != before[0]
+    fresh = Run(config("run=fresh", *init))._denoiser().network.state_dict()
+    assert all(torch.equal(value, fresh[name]) for name, value in denoiser.network.state_dict().items())
     (tmp_path / "tiny.pt").unlink()  # what goes on needs it no more
     assert Run(config("run=second", *init, "trainer.max_steps=2")).fit() is None
     with pytest.raises(ValueError, match=r"tiny\.pt"):
