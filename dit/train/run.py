@@ -19,6 +19,7 @@ from dit.metric.subject import Samples, Subject
 from dit.noise.denoiser import Denoiser
 from dit.train import checkpoint
 from dit.train.build import Parts, build
+from dit.train.same import differences
 from dit.train.strategy import arrange
 from dit.weights.convert import fitted
 
@@ -29,24 +30,7 @@ if TYPE_CHECKING:  # importing lightning takes seconds, which a mistake in the c
     from dit.train.module import DiffusionModule
     from dit.train.preemption import Preemption
 
-# What may differ when a run goes on: where things are, and everything below these nodes but what decides its numbers.
-FREE = {
-    "run",
-    "runs_dir",
-    "data_dir",
-    "resume",
-    "trainer",
-    "sampler",
-    "grid",
-    "guidance",
-    "metric",
-    "evaluation",
-    "logger",
-}
-FREE |= {"data.path", "data.held_out", "init"}
-FREE |= {"condition.name"}  # of a text encoder, which may move; its width is checked
 PROGRESS = {"step", "loss", "images_per_second"}  # the figures of a summary that no metric gave
-FIXED = {f"trainer.{name}" for name in ("batch_size", "micro_batch_size", "lanes", "precision", "max_grad_norm")}
 
 
 class Run:
@@ -139,14 +123,10 @@ class Run:
         """See to it that what goes on is the same run."""
         path = self.folder / "config.yaml"
         try:
-            before, now = _flat(OmegaConf.to_container(OmegaConf.load(path))), _flat(self.resolved)
+            before = OmegaConf.to_container(OmegaConf.load(path))
+            changed = differences(before, self.resolved)
         except Exception as error:  # YAML and OmegaConf raise many kinds
             raise ValueError(f"{path} is damaged ({error}): restore it, or name this one run=<another name>") from error
-        changed = [
-            f"{key}={now[key]}, was {before[key]}"
-            for key in sorted(before.keys() & now.keys())  # a key that only one version knows changes nothing
-            if before[key] != now[key] and (key in FIXED or not {key, key.split(".")[0]} & FREE)
-        ]
         if changed:
             raise ValueError(
                 f"the run {self.cfg.run} was begun with another configuration ({'; '.join(changed[:6])}): "
@@ -335,13 +315,6 @@ def _write(path: Path, text: str) -> None:
     partial = path.with_suffix(".tmp")
     partial.write_text(text)
     partial.replace(path)
-
-
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested mapping by dotted keys."""
-    if not isinstance(node, dict):
-        return {prefix[:-1]: node}
-    return {key: value for name, child in node.items() for key, value in _flat(child, f"{prefix}{name}.").items()}
 
 
 def _report(folder: Path, summary: dict[str, Any]) -> None:

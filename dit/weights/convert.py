@@ -139,6 +139,8 @@ def sit(path: str | Path) -> dict[str, Tensor]:
 def jit(path: str | Path) -> dict[str, Tensor]:
     """JiT (arXiv:2511.13720), for noise=flow and prediction=x0: it has the data at t = 1, F(x, t) = JiT(x, 1 - t).
 
+    That of 256 px: the 512 px one was trained with noise of standard deviation 2, which noise=flow does not have.
+
     Raises:
         ValueError: as `read`, or if it is another network.
     """

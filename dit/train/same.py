@@ -1,0 +1,38 @@
+"""Whether a run that goes on is the run that was begun."""
+
+from typing import Any
+
+# What may differ when a run goes on: where things are, and everything below these nodes but what decides its numbers.
+FREE = {
+    "run",
+    "runs_dir",
+    "data_dir",
+    "resume",
+    "trainer",
+    "sampler",
+    "grid",
+    "guidance",
+    "metric",
+    "evaluation",
+    "logger",
+}
+FREE |= {"data.path", "data.held_out", "init"}
+FREE |= {"condition.name"}  # of a text encoder, which may move; its width is checked
+FIXED = {f"trainer.{name}" for name in ("batch_size", "micro_batch_size", "lanes", "precision", "max_grad_norm")}
+
+
+def differences(before: Any, now: Any) -> list[str]:
+    """What a configuration has otherwise than before, of what decides a run's numbers; each as "key=new, was old"."""
+    before, now = _flat(before), _flat(now)
+    return [
+        f"{key}={now[key]}, was {before[key]}"
+        for key in sorted(before.keys() & now.keys())  # a key that only one version knows changes nothing
+        if before[key] != now[key] and (key in FIXED or not {key, key.split(".")[0]} & FREE)
+    ]
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested mapping by dotted keys."""
+    if not isinstance(node, dict):
+        return {prefix[:-1]: node}
+    return {key: value for name, child in node.items() for key, value in _flat(child, f"{prefix}{name}.").items()}
