@@ -24,6 +24,7 @@ from dit.sampler.pipeline import Pipeline
 from dit.train.build import Parts, build
 from dit.train.run import Run
 
+CAPTIONED = "data.fields=[label,caption]"
 CAPTIONS = ["a seven", "an eight", "", "a seven"]
 
 
@@ -165,6 +166,15 @@ def test_what_is_wrong_with_an_encoder_is_said(encoders, monkeypatch, tmp_path):
     shutil.copy(Path(encoders["clip"]) / "config.json", tmp_path / "bare")
     with pytest.raises(ValueError, match="neither a folder with a text encoder and its tokenizer"):
         Text(str(tmp_path / "bare"), width=64, max_length=12).check(None)
+    shutil.copytree(encoders["clip"], tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer.json"))
+    with pytest.raises(ValueError, match="its tokenizer lacks its vocabulary"):
+        Text(str(tmp_path / "mute"), width=64, max_length=12).check(None)
+    shutil.copytree(encoders["clip"], tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="neither a folder with a text encoder"):
+        Text(str(tmp_path / "cut"), width=64, max_length=12).check(None)
+    with pytest.raises(ValueError, match="there is no such folder"):
+        Text(str(tmp_path / "nowhere"), width=64, max_length=12).check(None)
     with pytest.raises(ValueError, match="is a bert model: give a CLIP or T5 one"):
         _ = Text(str(tmp_path), width=64, max_length=12).encoder
     with pytest.raises(ValueError, match=r"condition\.max_length=0"):
@@ -250,11 +260,12 @@ def test_nothing_is_said():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["condition=text", "condition.name=x"], "gives text of width 768"),
+        (["condition=text", "condition.name=x", CAPTIONED], "gives text of width 768"),
         (["model=dit_digits_text"], "gives no text: the two go together"),
         (["model=unet_digits", "model.cross_attention=true"], "gives no text"),
         (["condition=label_superresolution", "data.image_size=6"], r"condition\.factor=4"),
         (["condition=text", "model=dit_digits_text", "data.fields=[label]"], r"data\.fields=\[label,caption\]"),
+        (["condition=text", "model=dit_digits_text", CAPTIONED, "model.cross_attention=false"], "the two go together"),
         (["condition=superresolution", "condition.factor=3"], r"condition\.factor=3"),
         (["data.fields=[label,cpation]"], "there is no cpation; choose of label, caption, text, pooled"),
         (["model=unet_digits", "model.head_channels=7"], r"model\.head_channels=7 does not divide"),

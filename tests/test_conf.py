@@ -214,3 +214,13 @@ def test_the_wheel_brings_conf(tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     code, output, _ = dit("train", "experiment=digits", "--cfg", "job", cwd=tmp_path / "installed")
     assert code == 0 and "run: digits" in output
+
+
+def test_text_is_taken_as_it_is():
+    from dit.command.compose import _quoted
+
+    for text in ("it's a seven", "a, b", "a=b", 'the "best" one', "{x}", "a seven"):
+        [override] = [_quoted(f"prompt={text}", ("prompt",))]
+        assert OmegaConf.create({"prompt": compose("sample", [override, "run=x"]).prompt}).prompt == text
+    assert _quoted("prompt=[a one,a two]", ("prompt",)) == "prompt=[a one,a two]"
+    assert _quoted("seed=1", ("prompt",)) == "seed=1"

@@ -19,7 +19,7 @@ VARIED = {
     "unconditional": ["condition=none", "noise=flow", "prediction=flow"],
     "text": [
         *("condition=text", "condition.name=CLIP", "condition.width=64", "condition.max_length=12"),
-        *("condition.pooled=true", "model=dit_digits_text"),
+        *("condition.pooled=true", "model=dit_digits_text", "data.fields=[label,caption]"),
     ],
     "superres": ["condition=superresolution", "condition.factor=2", "trainer.max_steps=60"],
     "inpaint": ["condition=label_inpainting"],
@@ -237,11 +237,17 @@ def test_a_damaged_configuration_is_named(tmp_path, text):
         (["run=plain", "negative_prompt=a one"], "run=plain is told no caption"),
         (["run=text", "negative_prompt=a one"], "works by guidance: give guidance.scale=3"),
         (["run=text", "prompt=[]"], "give a caption, like"),
+        (["run=text", "prompt=[[a],[b]]"], "prompt=.*: give a caption, or a list of them"),
+        (["run=text", "prompt=true"], "prompt=True: give a caption"),
+        (["run=text", "negative_prompt=[a,b]"], "negative_prompt=.*: give a caption"),
         (
             ["run=text", "negative_prompt=a", "guidance=autoguidance", "guidance.weak.run=text"],
             "works by guidance=classifier_free alone",
         ),
-        (["run=superres", "image=PICTURES/low.png", "noise_level=0.9"], "noise_level=0.9 is more than in training"),
+        (
+            ["run=superres", "image=PICTURES/low.png", "noise_level=0.9"],
+            "noise_level=0.9 is more than it was",
+        ),
         (["run=text", "labels=[1]"], "run=text is told caption, but no label"),
         (["run=plain", "noise_level=0.1"], "is for a super-resolution model"),
         (["run=superres", "noise_level=1.5"], r"noise_level=1.5 must lie in \[0, 1\]"),

@@ -52,7 +52,7 @@ def small(name, tmp_path):
     if name == "dit_digits_text":
         clip(tmp_path / "clip")
         overrides += ["condition=text", f"condition.name={tmp_path}/clip"]
-        overrides += ["condition.width=64", "condition.max_length=12"]
+        overrides += ["condition.width=64", "condition.max_length=12", "data.fields=[label,caption]"]
     cfg = compose("train", overrides)
     parts = Parts(cfg)
     torch.manual_seed(0)

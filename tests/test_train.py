@@ -335,7 +335,26 @@ def test_a_run_begins_with_the_weights_it_is_given(config, tmp_path):
     torch.save(denoiser.network.state_dict(), tmp_path / "tiny.pt")
     with pytest.raises(ValueError, match=r"hidden_size|\(16,"):
         Run(config("run=third", *init, "model.hidden_size=32"))
+    state = denoiser.network.state_dict()
+    state["final_layer.linear.bias"] = state["final_layer.linear.bias"] * float("nan")
+    torch.save(state, tmp_path / "nan.pt")
+    with pytest.raises(ValueError, match=r"nan\.pt: final_layer\.linear\.bias in the weights is not finite"):
+        Run(config("run=third", "init=published", f"init.path={tmp_path}/nan.pt"))
+    with pytest.raises(ValueError, match=r"was trained with noise=flow, but this run has linear"):
+        Run(config("run=third", "init=sit", f"init.path={tmp_path}/tiny.pt"))
     assert not (first.folder.parent / "third").exists()
+
+
+def test_a_metric_that_cannot_judge_is_refused_before_training(config):
+    with pytest.raises(ValueError, match="metric=psnr judges networks that are told image_channels, which Label"):
+        Run(config("run=unjudged", "metric=psnr"))
+
+
+def test_a_run_is_judged_once_by_any_metric(config, capsys):
+    told = ("run=judged", "metric=psnr", "condition=superresolution", "condition.factor=2", "trainer.max_steps=1")
+    for _ in range(2):
+        assert Run(config(*told)).fit() is None
+    assert "is complete" in capsys.readouterr().out
 
 
 def test_dropout_is_keyed_by_the_step(tmp_path, digits_dir):

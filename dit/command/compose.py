@@ -53,13 +53,15 @@ def launch(verb: str, command: ModuleType, arguments: Sequence[str]) -> int:
     Args:
         verb: the name of `conf/<verb>.yaml`.
         command: with `main(cfg) -> exit code`, `check(cfg)`, `tell_apart(cfg, suffix)` for the jobs of a multirun, and,
-            where options depend on the overrides, `prepare(overrides)`, None if only help is asked for.
+            where options depend on the overrides, `prepare(overrides)`, None if only help is asked for; and `VERBATIM`,
+            keys whose values are text.
         arguments: what follows the verb.
 
     Returns:
         The exit code.
     """
-    args = get_args_parser().parse_args(list(arguments))
+    arguments = [_quoted(argument, getattr(command, "VERBATIM", ())) for argument in arguments]
+    args = get_args_parser().parse_args(arguments)
     try:
         if hasattr(command, "prepare"):
             command.prepare(None if args.help else args.overrides)
@@ -84,6 +86,15 @@ def launch(verb: str, command: ModuleType, arguments: Sequence[str]) -> int:
     sys.argv = [f"dit {verb}", *arguments]
     hydra.main(config_path=str(config_dir()), config_name=verb, version_base="1.3")(task)()
     return 0
+
+
+def _quoted(argument: str, keys: Sequence[str]) -> str:
+    """An override whose value is text, with the quotes that Hydra wants; a list, or what has quotes, is left."""
+    key, _, value = argument.partition("=")
+    if key not in keys or not value or value[0] in "\"'[" or value == "null":
+        return argument
+    escaped = value.replace('"', '\\"')
+    return f'{key}="{escaped}"'
 
 
 def _exit_code(error: Exception) -> int:
@@ -261,7 +272,8 @@ def check_run_name(name: Any) -> None:
     Raises:
         ConfigError: if it could lead elsewhere.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_][\w.=,+-]*", str(name), re.ASCII) or ".." in str(name):
+    named = isinstance(name, str | int) and not isinstance(name, bool)
+    if not named or not re.fullmatch(r"[A-Za-z0-9_][\w.=,+-]*", str(name), re.ASCII) or ".." in str(name):
         allowed = "letters, digits and . _ - = , + after a letter or digit, no '..'"
         raise ConfigError(f"run={name}: a run's name is a folder's name, of {allowed}")
 

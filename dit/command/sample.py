@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dit.sampler.pipeline import Pipeline
 
 prepare = offer
+VERBATIM = ("prompt", "negative_prompt")  # keys whose values are text, whatever they hold
 
 
 def check(cfg: DictConfig) -> None:
@@ -31,6 +32,10 @@ def check(cfg: DictConfig) -> None:
     for key in shares:
         if cfg[key] is not None and cfg[key] > 1:
             raise ConfigError(f"{key}={cfg[key]} must lie in [0, 1]")
+    prompts = list(cfg.prompt) if isinstance(cfg.prompt, ListConfig) else [cfg.prompt]
+    for key, values in {"prompt": prompts, "negative_prompt": [cfg.negative_prompt]}.items():
+        if not all(isinstance(value, str) or (value is None and len(values) == 1) for value in values):
+            raise ConfigError(f"{key}={cfg[key]}: give a caption" + (", or a list of them" if key == "prompt" else ""))
     for key in ("image", "mask"):
         if cfg[key] is not None and not isinstance(cfg[key], str):
             raise ConfigError(f"{key}={cfg[key]} must be the path of a picture")

@@ -1,6 +1,7 @@
 """Frozen text encoders of transformers."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +42,10 @@ class TextEncoder:
         self.tokenizer: Any = _from_pretrained(transformers.AutoTokenizer, name)
         self.model: Any = _from_pretrained(getattr(transformers, model), name).requires_grad_(False).eval()
         self.max_length = max_length
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        if self.tokenizer.pad_token is None or self.tokenizer("a").input_ids == self.tokenizer("b").input_ids:
+            raise ValueError(f"condition.name={name}: its tokenizer lacks its vocabulary or padding: save it anew")
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str], device: torch.device | str = "cpu") -> Encoded:
@@ -73,8 +78,10 @@ def read_config(name: str) -> Any:
 
 def _from_pretrained(cls: Any, name: str) -> Any:
     try:
+        if not Path(name).exists() and (name.startswith((".", "/")) or (Path(name).parent.exists() and "/" in name)):
+            raise OSError("there is no such folder")  # and no need to ask the hub
         return cls.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers, tokenizers and safetensors raise many kinds
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"condition.name={name} is neither a folder with a text encoder and its tokenizer nor to be had from the "

@@ -173,7 +173,8 @@ class WebDataset:
             raise DataError(f"{where} has no image; expected one of {IMAGE_EXTENSIONS}") from None
         except KeyError:
             member = f"{sample['__key__']}.{extension}"
-            raise DataError(f"{where} has no {name}: it needs {member}, or data.fields without it") from None
+            again = "; of an older version, delete the folder and it is packed again" if self.pack else ""
+            raise DataError(f"{where} has no {name}: it needs {member}, or data.fields without it{again}") from None
         except Exception as error:  # Pillow raises many kinds
             raise DataError(f"{where} cannot be read: {error}") from error
         label = decoded.get("label", 0)

@@ -30,7 +30,7 @@ class Autoencoder(Latent):
             raise ImportError("latent=sd_vae needs diffusers: pip install 'ditforge[diffusers]'") from error
         try:
             self.vae = AutoencoderKL.from_pretrained(name).requires_grad_(False).eval()
-        except OSError as error:
+        except Exception as error:  # diffusers and safetensors raise many kinds
             raise ValueError(
                 f"latent.name={name} is neither a folder with a VAE nor to be had from the hub: {error}"
             ) from error

@@ -177,7 +177,8 @@ class UNet(nn.Module):
         if cross_attention != (text_width > 0):
             text = f"text of width {text_width}" if text_width else "no text"
             switch = f"but model.cross_attention={str(cross_attention).lower()}"
-            raise ValueError(f"condition gives {text}, {switch}: the two go together")
+            way_out = "the two go together (model.cross_attention=true with condition=text)"
+            raise ValueError(f"condition gives {text}, {switch}: {way_out}")
         widths = _widths(model_channels, channel_mult)
         heights = _heights(input_size, len(widths))
         if unknown := set(attention_resolutions) - set(heights):

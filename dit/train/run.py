@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from dit.metric.subject import Samples, Subject
 from dit.noise.denoiser import Denoiser
@@ -50,6 +50,7 @@ class Run:
 
     def __init__(self, cfg: DictConfig):
         self.cfg = cfg
+        self.data = build(cfg.data)
         self.parts = Parts(cfg)
         self.num_micro_batches = _num_micro_batches(cfg.trainer)
         self.objective = build(cfg.objective)
@@ -57,11 +58,16 @@ class Run:
         self.objective.check(denoiser)
         self._arrange(denoiser.network)
         self.tracker = build(cfg.logger)
-        self.data = build(cfg.data)
         self.parts.condition.check(None)
         self.data.check()  # before the optimizer, whose making imports torch's compiler, which takes seconds
         if self.data.path.exists():
             self.parts.condition.check(self.data.first())
+        told = getattr(getattr(build(cfg.metric), "func", None), "told", ()) if cfg.metric else ()
+        if missing := set(told) - self.parts.condition.sizes.keys():
+            raise ValueError(
+                f"metric={cfg.metric._target_.rpartition('.')[2]} judges networks that are told {missing.pop()}, which "
+                f"{cfg.condition._target_.rpartition('.')[2]} does not give: choose metric=none, or another condition"
+            )
         if cfg.metric and cfg.data.held_out is None:
             raise ValueError("data.held_out=null, but the metric needs held-out images: give a folder, or metric=none")
         if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
@@ -72,7 +78,7 @@ class Run:
         self.latent = self.parts.latent()
         self.folder = Path(cfg.runs_dir) / cfg.run
         begins = not checkpoint.committed(self.folder / "checkpoints")
-        self.init = fitted(build(cfg.init)(), denoiser.network) if cfg.init and begins else None
+        self.init = self._initial(denoiser.network) if cfg.init and begins else None
         self.resolved = OmegaConf.to_container(cfg, resolve=True)
         self._lock = self._claim()
         try:
@@ -83,6 +89,21 @@ class Run:
         except BaseException:
             self._lock.close()
             raise
+
+    def _initial(self, network: nn.Module) -> dict[str, Tensor]:
+        """The weights to begin with, as the network needs them."""
+        init = self.cfg.init
+        for key, value in init.get("needs", {}).items():
+            if (found := self.cfg[key]._target_) != value:
+                wanted, other = (target.rpartition(".")[2] for target in (value, found))
+                raise ValueError(
+                    f"init.path={init.path} was trained with {key}={wanted.lower()}, but this run has {other.lower()}: "
+                    "take the same, or other weights"
+                )
+        try:
+            return fitted(build({name: value for name, value in init.items() if name != "needs"})(), network)
+        except ValueError as error:
+            raise ValueError(f"init.path={init.path}: {error}") from error
 
     def _arrange(self, network: nn.Module) -> None:
         """Set how the network is executed."""

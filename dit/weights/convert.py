@@ -67,7 +67,8 @@ def read(path: str | Path) -> dict[str, Tensor]:
         if re.search("unsupported (global|class)", str(error), re.IGNORECASE):
             way_out = "if you trust it, torch.load(..., weights_only=False) it once and save its state dict alone"
             raise ValueError(f"{path} holds pickled objects, which could run code: {way_out}") from error
-        raise ValueError(f"{file} cannot be read, get it anew: {' '.join(str(error).split())[:200]}") from error
+        reason = re.split(r"\. |Re-running|\n", f"{type(error).__name__}: {error}")[0][:150]
+        raise ValueError(f"{file} cannot be read as weights, get it anew ({reason})") from error
     if isinstance(found, Mapping):
         found = next((found[name] for name in WITHIN if isinstance(found.get(name), Mapping)), found)
     if not isinstance(found, Mapping) or not found:
@@ -261,9 +262,12 @@ def fitted(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]
         network: a DiT or UNet, on any device, meta included.
 
     Raises:
-        ValueError: if classes, names or shapes differ, naming both sides.
+        ValueError: if classes, names or shapes differ, naming both sides, or a number is not finite.
     """
     new, needed = dict(state), network.state_dict()
+    for name, value in new.items():
+        if not value.is_floating_point() or not value.isfinite().all():
+            raise ValueError(f"{name} in the weights is not finite floating point numbers: get them anew")
     for name, extra in LABELS.items():
         if name in new and name in needed and len(new[name]) != len(needed[name]):
             has, classes = len(new[name]) - extra, len(needed[name]) - extra
