@@ -30,13 +30,13 @@ def main(cfg: DictConfig) -> int:
         macs, need = multiply_adds(parts), memory(parts, batch_size)
     parameters = list(parts.denoiser("meta").parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    print(_network(parts))
-    print(f"  parameters         {sum(p.numel() for p in parameters):,}, of which {trained:,} are trained")
+    lines = [_network(parts)]
+    lines.append(f"  parameters         {sum(p.numel() for p in parameters):,}, of which {trained:,} are trained")
     digits = ",.2f" if macs >= 1e8 else ".3g"
-    print(f"  an image forward   {2 * macs / 1e9:{digits}} GFLOP = {macs / 1e9:{digits}} GMAC", end="")
-    print(' (multiply-adds, the "Gflops" of the papers)')
+    operations = f"{2 * macs / 1e9:{digits}} GFLOP = {macs / 1e9:{digits}} GMAC"
+    lines.append(f'  an image forward   {operations} (multiply-adds, the "Gflops" of the papers)')
     options = " ".join(f"trainer.{key}={cfg.trainer[key]}" for key in ("precision", "activation_checkpointing"))
-    print(f"  memory of a training step, {batch_size} images at a time, {options}")
+    lines.append(f"  memory of a training step, {batch_size} images at a time, {options}")
     notes = {
         "optimizer": cfg.optimizer._target_.rpartition(".")[2],
         "copies": "not for each image: parameters in bfloat16",
@@ -46,9 +46,12 @@ def main(cfg: DictConfig) -> int:
     digits = ".2f" if need.total >= GIB else ".4f"
     for name, num_bytes in (need._asdict() | {"total": need.total}).items():
         if num_bytes >= need.total / 1000:
-            print(f"    {name:<12} {num_bytes / GIB:10{digits}} GiB   {notes.get(name, '')}".rstrip())
+            lines.append(f"    {name:<12} {num_bytes / GIB:10{digits}} GiB   {notes.get(name, '')}".rstrip())
     without = "trainer.compile" + (", the VAE" if cfg.latent.get("stride", 1) > 1 else "")
-    print(f"    measured without running, with fused attention; without {without}, data and the device's own needs")
+    lines.append(
+        f"    measured without running, with fused attention; without {without}, data and the device's own needs"
+    )
+    print("\n".join(lines))
     return 0
 
 
