@@ -217,8 +217,10 @@ def test_the_wheel_brings_conf(tmp_path):
 
 
 def test_text_is_taken_as_it_is():
+    from dit.command import sample
     from dit.command.compose import _quoted
 
+    sample.prepare(None)
     for text in ("it's a seven", "a, b", "a=b", 'the "best" one', "{x}", "a seven"):
         [override] = [_quoted(f"prompt={text}", ("prompt",))]
         assert OmegaConf.create({"prompt": compose("sample", [override, "run=x"]).prompt}).prompt == text
