@@ -32,7 +32,7 @@ def draw(n, step=0):
     return Draw(0, step, range(n), n)
 
 
-def same(images):
+def same(images, generator):
     """The encoder of pixels."""
     return images
 
@@ -80,7 +80,7 @@ def test_captions_are_encoded_padded_and_masked(encoders, kind):
 def test_the_encoder_is_the_librarys(encoders):
     import transformers
 
-    encoded = TextEncoder(encoders["clip"], 12)(["a seven"])
+    encoded = TextEncoder(encoders["clip"], 64, 12)(["a seven"])
     tokenizer = transformers.AutoTokenizer.from_pretrained(encoders["clip"])
     tokens = tokenizer(["a seven"], return_tensors="pt")
     model = transformers.CLIPTextModel.from_pretrained(encoders["clip"]).eval()
@@ -227,7 +227,7 @@ def test_holes_hide_what_is_to_be_drawn():
     assert torch.equal(cond[:, 1].bool(), mask)
     torch.testing.assert_close(cond[:, 0][~mask], (images.float() / 127.5 - 1)[:, 0][~mask])
     assert not cond[:, 0][mask].any()
-    latent = condition(asked, draw(500), lambda x: torch.nn.functional.avg_pool2d(x, 2))["image"]
+    latent = condition(asked, draw(500), lambda x, generator: torch.nn.functional.avg_pool2d(x, 2))["image"]
     assert latent.shape == (500, 2, 4, 4)  # a cell of a latent is drawn where any of its pixels is
     assert torch.equal(latent[:, 1].bool(), mask.view(500, 4, 2, 4, 2).any(4).any(2))
     with pytest.raises(ValueError, match="mask of 4 x 4 pixels, but this model draws 8 x 8"):

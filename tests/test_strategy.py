@@ -63,7 +63,7 @@ def small(name, tmp_path):
                 p.add_(0.02 * torch.randn_like(p))  # so that nothing is zero
     asked = {"label": torch.arange(16) % 10, "caption": ["a seven", "a one"] * 8}
     draw = Draw(0, 0, range(8), 16)
-    cond = parts.condition(asked, draw, lambda images: images)
+    cond = parts.condition(asked, draw, lambda images, generator: images)
     batch = Batch(torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(1)), cond, draw)
     return denoiser, build(cfg.objective), batch
 

@@ -4,9 +4,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-Encode = Callable[[Tensor], Tensor]  # pictures in [-1, 1], (B, C, H, W), -> what the network sees, (B, c, h, w)
+# Pictures in [-1, 1], (B, C, H, W), and a generator -> what the network sees, (B, c, h, w): a latent space's encoder.
+Encode = Callable[[Tensor, torch.Generator], Tensor]
 
 
 class Condition(ABC):
@@ -53,17 +55,18 @@ class Condition(ABC):
         """`cond` of what is asked for, as far as it is."""
         return self(asked, draw, encode) if set(self.asks) <= asked.keys() else {}
 
-    @abstractmethod
     def null(self, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`cond` of the same shapes in which this says nothing: the other half of guidance.
+        """`cond` of the same shapes in which this says nothing: the other half of guidance; refused unless overridden.
 
         Raises:
             ValueError: if there is no such thing; asked of an empty `cond`, too, so that it is known beforehand.
         """
+        name = type(self).__name__.lower()
+        raise ValueError(f"condition={name} cannot be left out, so that it cannot guide: take guidance.scale=1")
 
-    @abstractmethod
     def augment(self, cond: Mapping[str, Tensor], draw: Any) -> dict[str, Tensor]:
-        """`cond` as it is in training: some rows told nothing, pictures noised."""
+        """`cond` as it is in training: some rows told nothing, pictures noised; unless overridden, as it is."""
+        return dict(cond)
 
 
 def check_dropout(dropout: float) -> float:

@@ -21,15 +21,19 @@ class TextEncoder:
 
     Args:
         name: a hub name, or a folder that `save_pretrained` wrote.
+        width: of its embeddings, W, checked against it.
         max_length: tokens L; longer captions are cut.
 
     Raises:
         ImportError: if transformers is missing.
-        ValueError: if the weights or the tokenizer are not there, or are another kind of model's.
+        ValueError: if the weights or the tokenizer are not there, are another kind of model's, or of another width.
     """
 
-    def __init__(self, name: str, max_length: int):
+    def __init__(self, name: str, width: int, max_length: int):
         config = read_config(name)
+        found = getattr(config, "hidden_size", None) or getattr(config, "d_model", None)
+        if found != width:
+            raise ValueError(f"condition.width={width}, but the embeddings of {name} have {found}")
         kind, most = config.model_type, getattr(config, "max_position_embeddings", None)
         if most is not None and max_length > most:
             raise ValueError(f"condition.max_length={max_length}, but {name} reads at most {most} tokens")

@@ -58,18 +58,7 @@ class Inpainting(Condition):
                     f"{name} of {value.shape[-1]} x {value.shape[-2]} pixels, but this model draws "
                     f"{self.image_size} x {self.image_size}"
                 )
-        z = encode((image.float() / 127.5 - 1).masked_fill(mask[:, None], 0.0))
+        grey = (image.float() / 127.5 - 1).masked_fill(mask[:, None], 0.0)
+        z = draw.apply("latent of the condition", encode, grey)
         hole = F.adaptive_max_pool2d(mask[:, None].to(z.dtype), z.shape[-2:])
         return {"image": torch.cat([z, hole], dim=1)}
-
-    def null(self, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Refused: the picture stays.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError("condition=inpainting cannot be left out, so that it cannot guide: take guidance.scale=1")
-
-    def augment(self, cond: Mapping[str, Tensor], draw: Any) -> dict[str, Tensor]:
-        """As it is."""
-        return dict(cond)

@@ -67,7 +67,7 @@ class SuperResolution(Condition):
             )
         scaled = low.to(draw.device).float() / 127.5 - 1
         large = F.interpolate(scaled, size=(self.image_size,) * 2, mode="bicubic").clamp(-1, 1)
-        z = encode(large)
+        z = draw.apply("latent of the condition", encode, large)
         level = float(asked.get("noise_level") or 0.0)
         if level > self.max_noise:
             raise ValueError(
@@ -76,14 +76,6 @@ class SuperResolution(Condition):
         if level == 0:
             return {"image": torch.cat([z, torch.zeros_like(z[:, :1])], dim=1)}
         return {"image": self._noised(z, torch.full((len(z),), level, device=z.device), draw)}
-
-    def null(self, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Refused: the picture is what is drawn.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError("condition=superresolution cannot be left out, so that it cannot guide: take guidance.scale=1")
 
     def augment(self, cond: Mapping[str, Tensor], draw: Any) -> dict[str, Tensor]:
         """The picture, noised."""

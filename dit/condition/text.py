@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit.condition.condition import Condition, Encode, check_dropout, check_learned
-from dit.condition.encoder import TextEncoder, read_config
+from dit.condition.encoder import TextEncoder
 
 
 class Text(Condition):
@@ -61,8 +61,7 @@ class Text(Condition):
     @cached_property
     def encoder(self) -> TextEncoder:
         """The encoder, loaded when first needed."""
-        self._check_width()
-        return TextEncoder(self.name, self.max_length)
+        return TextEncoder(self.name, self.width, self.max_length)
 
     def check(self, sample: Mapping[str, Any] | None) -> None:
         """Whether the encoder is there, if training needs it, and embeddings have this width."""
@@ -70,12 +69,6 @@ class Text(Condition):
             self.encoder(["a"])
         elif sample is not None:
             self._read(sample)
-
-    def _check_width(self) -> None:
-        config = read_config(self.name)
-        found = getattr(config, "hidden_size", None) or getattr(config, "d_model", None)
-        if found != self.width:
-            raise ValueError(f"condition.width={self.width}, but the embeddings of {self.name} have {found}")
 
     def __call__(self, asked: Mapping[str, Any], draw: Any, encode: Encode) -> dict[str, Tensor]:
         """The fields `text` and `pooled`, B arrays (L or fewer, W) and (W,), or the field `caption`, B strings.

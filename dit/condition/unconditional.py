@@ -29,7 +29,3 @@ class Unconditional(Condition):
         raise ValueError(
             "condition=none: an unconditional model cannot be guided by its condition; take guidance.scale=1"
         )
-
-    def augment(self, cond: Mapping[str, Tensor], draw: Any) -> dict[str, Tensor]:
-        """Nothing, as before."""
-        return dict(cond)

@@ -71,21 +71,21 @@ class Pipeline:
         """
         device = self.device
         schedule = self.denoiser.schedule
+        null = self.condition.null
+        if avoid is not None:
+            other = self.condition.part(avoid, Draw(seed, 0, [0], 1, device), self.latent.encode)
+            null = partial(_instead, null, other)
+        guided = self.guidance(self.denoiser, null)
         pictures = []
         for first in range(0, num_images, batch_size):
             lanes = range(first, min(first + batch_size, num_images))
             draw = Draw(seed, 0, lanes, len(lanes), device)
             part = {name: _rows(value, slice(first, first + len(lanes))) for name, value in asked.items()}
-            encode = partial(draw.apply, "latent of the condition", self.latent.encode)
-            cond = self.condition(part, draw, encode)
-            null = self.condition.null
-            if avoid is not None:
-                null = partial(_instead, null, self.condition.part(avoid, draw, encode))
-            guided = self.guidance(self.denoiser, null)
+            cond = self.condition(part, draw, self.latent.encode)
             x = draw.normal("x", self.latent.shape) if noise is None else noise[first : first + len(lanes)]
             x = schedule(self.times[0]).sigma * x
             z = self.sampler(
-                lambda x_t, t, guided=guided, cond=cond: guided(x_t, t, **cond),
+                lambda x_t, t, cond=cond: guided(x_t, t, **cond),
                 schedule,
                 x,
                 self.times,

@@ -1,7 +1,7 @@
 """From a composed configuration to objects: the only place that calls `instantiate`."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -104,19 +104,18 @@ class Parts:
     ) -> Subject:
         """What metrics judge: a denoiser as it is sampled, each call within a context."""
 
-        def numbers(samples: Samples) -> Draw:
+        def asked(samples: Samples) -> tuple[Mapping[str, Any], Draw]:
             number = len(next(iter(samples.values())))
-            return Draw(seed, 0, range(number), number, next(denoiser.parameters()).device)
+            keyed = Draw(seed, 0, range(number), number, next(denoiser.parameters()).device)
+            return self.condition.asked(samples, keyed), keyed
 
         def told(samples: Samples) -> dict[str, Tensor]:
-            keyed = numbers(samples)
-            encode = partial(keyed.apply, "latent of the condition", latent.encode)
-            return self.condition(self.condition.asked(samples, keyed), keyed, encode)
+            return self.condition(*asked(samples), latent.encode)
 
         def draw(samples: Samples) -> Tensor:
             with within():
-                pipeline, asked = self.pipeline(denoiser, latent), self.condition.asked(samples, numbers(samples))
-                return pipeline(asked, len(next(iter(samples.values()))), seed=seed, batch_size=batch_size)
+                fields, keyed = asked(samples)
+                return self.pipeline(denoiser, latent)(fields, len(keyed.lanes), seed=seed, batch_size=batch_size)
 
         def denoise(x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Estimate:
             device = next(denoiser.parameters()).device

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -133,6 +132,5 @@ class DiffusionModule(LightningModule):
             draw = Draw(self.seed, self.step, micro.tolist(), len(part), self.device, self.lanes)
             told = {name: value[part[0] : part[-1] + 1] for name, value in batch.items()}
             z = draw.apply("latent", self.latent.encode, told["image"].float() / 127.5 - 1)
-            encode = partial(draw.apply, "latent of the condition", self.latent.encode)
-            cond = self.condition(self.condition.asked(told, draw), draw, encode)
+            cond = self.condition(self.condition.asked(told, draw), draw, self.latent.encode)
             yield Batch(z, self.condition.augment(cond, draw), draw)

@@ -58,10 +58,8 @@ class Run:
         self.objective.check(denoiser)
         self._arrange(denoiser.network)
         self.tracker = build(cfg.logger)
-        self.parts.condition.check(None)
         self.data.check()  # before the optimizer, whose making imports torch's compiler, which takes seconds
-        if self.data.path.exists():
-            self.parts.condition.check(self.data.first())
+        self.parts.condition.check(self.data.first() if self.data.path.exists() else None)
         told = getattr(getattr(build(cfg.metric), "func", None), "told", ()) if cfg.metric else ()
         if missing := set(told) - self.parts.condition.sizes.keys():
             raise ValueError(
@@ -227,11 +225,12 @@ class Run:
         recorder = Recorder(
             self.folder / "metrics.jsonl", options.max_steps, options.batch_size, options.log_every_steps, self.tracker
         )
-        preview_of = self._preview_of()
+        columns = min(10, self.parts.condition.sizes.get("num_classes", 10))
+        preview_of = self._preview_of(columns)
         preview = Preview(
             self.folder / "samples",
             lambda: self._subject(module, trainer).draw(preview_of),
-            min(10, self.parts.condition.sizes.get("num_classes", 10)),
+            columns,
             options.preview_every_steps,
             recorder,
         )
@@ -266,11 +265,10 @@ class Run:
             trainer.fit(module, itertools.islice(batches, options.max_steps - self.step))
         return preemption.exit_code if module.step < options.max_steps else None
 
-    def _preview_of(self) -> Samples:
-        """What previews are told: each class four times, or where that is not all, what the first samples are."""
-        num_classes = min(10, self.parts.condition.sizes.get("num_classes", 10))
+    def _preview_of(self, columns: int) -> Samples:
+        """What previews are told: a class a column, four times, or if there is more, what the first samples are."""
         if set(self.parts.condition.fields) <= {"label"}:
-            return {"label": torch.arange(num_classes).repeat(4)}
+            return {"label": torch.arange(columns).repeat(4)}
         return self.data.read(self.data.held_out or self.data.path, most=40)
 
     def _subject(self, module: "DiffusionModule", trainer: "Trainer") -> Subject:

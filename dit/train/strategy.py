@@ -5,7 +5,7 @@ of parameters stay as they are. The order is: activation checkpointing, compile.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -64,7 +64,9 @@ def _keep_products(context: Any, operation: Callable[..., Any], *args: Any, **kw
     return CheckpointPolicy.MUST_SAVE if operation in _dear() else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+@cache
 def _dear() -> set[Any]:
+    """Asked of every operation of every forward."""
     aten = torch.ops.aten
     names = [
         "mm",
