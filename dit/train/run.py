@@ -58,8 +58,8 @@ class Run:
         self.objective.check(denoiser)
         self._arrange(denoiser.network)
         self.tracker = build(cfg.logger)
-        self.data.check()  # before the optimizer, whose making imports torch's compiler, which takes seconds
-        self.parts.condition.check(self.data.first() if self.data.path.exists() else None)
+        self.data.check(cfg.trainer.batch_size, cfg.trainer.lanes)  # before the optimizer, whose making takes seconds
+        self.parts.condition.check(self.data.first() if self.data.there else None)
         told = getattr(getattr(build(cfg.metric), "func", None), "told", ()) if cfg.metric else ()
         if missing := set(told) - self.parts.condition.sizes.keys():
             raise ValueError(
@@ -151,9 +151,9 @@ class Run:
                 f"the run {self.cfg.run} was begun with another configuration ({'; '.join(changed[:6])}): "
                 "name this one run=<another name>, or give the same values to go on"
             )
-        if self.data.path.exists() and checkpoint.data_of(resume_from) != self.data.fingerprint():
+        if self.data.there and checkpoint.data_of(resume_from) != self.data.fingerprint():
             raise ValueError(
-                f"data.path={self.data.path} holds other shards than those run={self.cfg.run} was begun with"
+                f"data.path={self.cfg.data.path} holds other shards than those run={self.cfg.run} was begun with"
             )
         if self.step > self.cfg.trainer.max_steps:
             raise ValueError(
@@ -260,7 +260,7 @@ class Run:
                 LambdaCallback(on_train_end=lambda *_: self._finish(module, trainer, recorder, preemption)),
             ],
         )
-        batches = self.data.batches(options.batch_size, cfg.seed, self.step)
+        batches = self.data.batches(options.batch_size, cfg.seed, self.step, lanes=options.lanes)
         with preemption, closing(batches):  # closing ends the data's workers, which leave signals to us
             trainer.fit(module, itertools.islice(batches, options.max_steps - self.step))
         return preemption.exit_code if module.step < options.max_steps else None
@@ -269,7 +269,7 @@ class Run:
         """What previews are told: a class a column, four times, or if there is more, what the first samples are."""
         if set(self.parts.condition.fields) <= {"label"}:
             return {"label": torch.arange(columns).repeat(4)}
-        return self.data.read(self.data.held_out or self.data.path, most=40)
+        return self.data.read("held_out" if self.data.held_out else "train", most=40)
 
     def _subject(self, module: "DiffusionModule", trainer: "Trainer") -> Subject:
         """What was trained, as it is sampled: with the averaged weights, under the precision of training."""
@@ -304,7 +304,7 @@ class Run:
             }
             if self.cfg.metric:
                 print(f"dit: judging {self.cfg.evaluation.num_images} samples", flush=True)
-                train, held_out = self.data.read(self.data.path), self.data.read(self.data.held_out)
+                train, held_out = self.data.read("train"), self.data.read("held_out")
                 subject = self._subject(module, trainer)
                 summary |= build(self.cfg.metric)(subject, train, held_out, num_images=self.cfg.evaluation.num_images)
             _write(self.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
