@@ -34,7 +34,10 @@ def autoencoder(
         raise ImportError("an autoencoder needs diffusers: pip install 'ditforge[diffusers]'") from error
     stride = 2 ** (len(channels) - 1)
     if not channels or input_size % stride:
-        raise ValueError(f"model.channels={list(channels)}: {input_size} pixels cannot be halved {len(channels) - 1} times")
+        raise ValueError(
+            f"model.channels={list(channels)} halve the height of {input_size} pixels {len(channels) - 1} times, which "
+            "does not go: take fewer"
+        )
     if any(width % norm_num_groups for width in channels):
         raise ValueError(f"model.norm_num_groups={norm_num_groups} must divide each of model.channels={list(channels)}")
     return AutoencoderKL(
