@@ -1,15 +1,18 @@
 import json
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
+from PIL import Image
 from test_train import losses, metrics, train, weights
 
+from dit.command import doctor, evaluate, sample, schedule
 from dit.command.compose import ConfigError, compose
 from dit.command.train import check
+from dit.data.image import grid
 from dit.latent.autoencoder import Autoencoder
-from dit.metric.subject import Subject
 from dit.model.patchgan import PatchGAN
 from dit.noise.draw import Draw
 from dit.objective.autoencoding import Autoencoding
@@ -22,7 +25,12 @@ from dit.train.run import Run
 diffusers = pytest.importorskip("diffusers")
 SMALL = ("model.channels=[4,8]", "model.norm_num_groups=2", "model.latent_channels=2")
 GAN = (
-    *("objective=autoencoding_gan", "objective.perceptual=null", "objective.discriminator.channels=8"),
+    *(
+        "objective=autoencoding_gan",
+        "objective.perceptual.pretrained=false",
+        "objective.perceptual.name=test_resnet",
+        "objective.discriminator.channels=8",
+    ),
     *("objective.discriminator.num_layers=1", "objective.adversarial_from=4"),
 )
 
@@ -101,7 +109,7 @@ def test_a_patchgan_judges_patches_alike_in_any_batch():
     judged = discriminator(images)
     assert judged.shape == (2, 1, 6, 6)
     torch.testing.assert_close(discriminator(images[:1]), judged[:1])
-    assert sum(p.numel() for p in discriminator.parameters()) == 2_764_737  # as published
+    assert sum(p.numel() for p in PatchGAN(6).parameters()) == 2_768_705  # as published, of pairs of images
     assert torch.equal(PatchGAN(3).layers[0].weight, discriminator.layers[0].weight)
     with pytest.raises(ValueError, match=r"channels=6 must be a multiple of 8"):
         PatchGAN(3, channels=6)
@@ -150,7 +158,9 @@ def test_a_missing_timm_is_named(monkeypatch):
 
 
 def test_the_standard_shape_has_the_published_number_of_parameters():
-    cfg = compose("train", ["experiment=digits_vae", "model=autoencoder_kl_f8", "data.image_size=256", "data.channels=3"])
+    cfg = compose(
+        "train", ["experiment=digits_vae", "model=autoencoder_kl_f8", "data.image_size=256", "data.channels=3"]
+    )
     from dit.train.build import parts_of
 
     network = parts_of(cfg).denoiser("meta").network
@@ -181,27 +191,15 @@ def test_a_run_leaves_a_vae_that_diffusers_reads(vae_config, tmp_path):
 
 
 def test_previews_show_originals_above_their_reconstructions(vae_config):
-    from dit.data.image import decode, grid
-
     run = Run(vae_config("run=seen", "trainer.max_steps=1"))
     assert run.fit() is None
-    picture = (run.folder / "samples" / "step-00000001.png").read_bytes()
-    originals = run.data.read(run.data.held_out, most=10)["image"]
-    height = grid(originals, 10).shape[1]
-    width = grid(originals, 10).shape[2]
-    import io
-
-    from PIL import Image
-
-    with Image.open(io.BytesIO(picture)) as file:
-        assert file.size[0] == width
-        top = file.crop((0, 0, width, height))
-        buffer = io.BytesIO()
-        top.save(buffer, "PNG")
-    assert decode is not None
-    import numpy as np
-
-    assert np.array_equal(np.array(top), grid(originals, 10)[0].numpy())
+    expected = grid(run.data.read(run.data.held_out, most=10)["image"], 10)[0].numpy()
+    with Image.open(run.folder / "samples" / "step-00000001.png") as file:
+        picture = np.array(file)
+    height, width = expected.shape
+    assert picture.shape == (8 * height + 7 * 2, width)
+    assert np.array_equal(picture[:height], expected)
+    assert not np.array_equal(picture[height + 2 :][:height], expected)
 
 
 @pytest.mark.parametrize("gan", [(), GAN], ids=["alone", "discriminator"])
@@ -209,21 +207,19 @@ def test_a_run_goes_on_bit_equal_with_all_its_optimizers(vae_config, gan):
     whole = train(vae_config("run=whole", *gan))
     train(vae_config("run=parts", "trainer.max_steps=7", *gan))
     assert losses(train(vae_config("run=parts", *gan))) == losses(whole)
-    runs = vae_config().runs_dir
-    from pathlib import Path
-
-    for name, tensors in weights(Path(runs) / "parts").items():
-        for key, value in weights(Path(runs) / "whole")[name].items():
+    runs = Path(vae_config().runs_dir)
+    for name, tensors in weights(runs / "parts").items():
+        for key, value in weights(runs / "whole")[name].items():
             assert torch.equal(tensors[key], value), (name, key)
-    last = Path(runs) / "parts" / "checkpoints" / "step-00000012"
+    last, undisturbed = (runs / name / "checkpoints" / "step-00000012" for name in ("parts", "whole"))
     states = {"optimizer.pt", "optimizer-discriminator.pt"} if gan else {"optimizer.pt"}
     assert {path.name for path in last.glob("optimizer*")} == states
     if gan:
         state = checkpoint.load_state(last, "optimizer-discriminator")["state"]
         assert {each["step"].item() for each in state.values()} == {8}  # from step 4 to 12
-        first, second = (checkpoint.load_state(Path(runs) / name / "checkpoints" / "step-00000012", "run")["objective"] for name in ("parts", "whole"))
-        assert all(torch.equal(value, second[key]) for key, value in first.items())
-        assert not torch.equal(first["discriminator.layers.0.weight"], PatchGAN(1, 8, 1).layers[0].weight)
+        ours, theirs = (checkpoint.load_state(path, "run")["objective"] for path in (last, undisturbed))
+        assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+        assert not torch.equal(ours["discriminator.layers.0.weight"], PatchGAN(1, 8, 1).layers[0].weight)
 
 
 def test_micro_batches_do_not_change_the_numbers(vae_config):
@@ -245,16 +241,17 @@ def test_a_denoiser_trains_in_a_latent_space_of_ones_own(vae_config, tiny):
     assert Run(compose("train", tiny(*latent, "trainer.max_steps=2"))).fit() is None
 
 
-REFUSED = {
-    "noise=cosine": "objective=autoencoding trains an autoencoder, which knows no noise: choose noise=none",
-    "objective=denoising": "noise=none is for objective=autoencoding alone",
-}
-
-
-@pytest.mark.parametrize("override", REFUSED)
-def test_half_an_autoencoder_is_refused_without_torch(overrides, override):
-    with pytest.raises(ConfigError, match=REFUSED[override]):
-        check(compose("train", overrides(override)))
+def test_half_an_autoencoder_is_refused_without_torch(overrides, tiny):
+    for given, message in [
+        (
+            overrides("noise=cosine"),
+            "objective=autoencoding trains an autoencoder, which knows no noise: choose noise=",
+        ),
+        (tiny("noise=none"), "noise=none is for objective=autoencoding alone"),
+        (tiny("objective=autoencoding"), "which knows no noise: choose noise=none"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            check(compose("train", given))
 
 
 @pytest.mark.parametrize(
@@ -262,7 +259,6 @@ def test_half_an_autoencoder_is_refused_without_torch(overrides, override):
     [
         (["condition=label"], "choose condition=none"),
         (["latent=sd_vae", "latent.name=/nowhere"], "nowhere"),
-        (["model=dit_digits"], "is for autoencoders, which DiT is not"),
         (["model.channels=[4,8,8,8,8]"], "which does not go: take fewer"),
         (["model.norm_num_groups=3"], r"model\.norm_num_groups=3 must divide"),
         (["model.in_channels=3"], "model.in_channels=3 differs from the data's 1"),
@@ -276,6 +272,41 @@ def test_what_does_not_fit_an_autoencoder_is_refused(vae_config, more, message, 
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_denoiser_is_no_autoencoder(config):
+def test_networks_of_the_other_kind_are_refused(digits_dir):
+    given = [f"data_dir={digits_dir}", "logger=none"]
     with pytest.raises(ValueError, match="model is an autoencoder, which does not denoise"):
-        Run(config("condition=none", "model=autoencoder_digits"))
+        Run(compose("train", ["experiment=digits", "condition=none", "model=autoencoder_digits", *given]))
+    with pytest.raises(ValueError, match="is for autoencoders, which DiT is not"):
+        Run(compose("train", ["experiment=digits_vae", "model=dit_digits", *given]))
+
+
+def test_verbs_know_what_an_autoencoder_is_for(vae_config, overrides, tmp_path):
+    from dit.train import trained
+
+    run = Run(vae_config("run=mine", "trainer.max_steps=2"))
+    assert run.fit() is None
+    named = ["run=mine", f"runs_dir={tmp_path}/runs"]
+    is_one = r"run=mine is an autoencoder.* latent=digits_vae latent\.name=.*/runs/mine/vae"
+    sample.prepare(named)
+    with pytest.raises(ConfigError, match=is_one):
+        sample.check(compose("sample", named))
+    with pytest.raises(ValueError, match=is_one):
+        trained.denoiser("mine", f"{tmp_path}/runs")
+    with pytest.raises(ConfigError, match="run=doctor is an autoencoder"):
+        doctor.main(compose("doctor", ["experiment=digits_vae", "run=doctor"]))
+    with pytest.raises(ConfigError, match="run=schedule is an autoencoder"):
+        schedule.check(compose("schedule", ["experiment=digits_vae", "run=schedule"]))
+
+    def judge(*more):
+        evaluate.prepare([*named, *more])
+        cfg = compose("evaluate", [*named, *more])
+        evaluate.check(cfg)
+        assert evaluate.main(cfg) == 0
+        return json.loads((run.folder / "evaluation.json").read_text())
+
+    figures = judge("num_images=200")
+    assert figures["psnr"] == pytest.approx(json.loads((run.folder / "summary.json").read_text())["psnr"], abs=0.01)
+    with pytest.raises(ConfigError, match="metric=likelihood is that of denoisers"):
+        judge("metric=likelihood")
+    with pytest.raises(ConfigError, match="which knows no sampler: choose sampler=none"):
+        judge("sampler=ddim")

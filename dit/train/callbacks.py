@@ -189,7 +189,7 @@ class Checkpoints(Callback):
         pl_module.ema.load_state_dict(checkpoint.load_weights(path, "ema"))
         pl_module.objective.load_state_dict(state["objective"])
         for name, optimizer in pl_module.named_optimizers.items():
-            optimizer.load_state_dict(checkpoint.load_state(path, _file_of(name)))
+            optimizer.optimizer.load_state_dict(checkpoint.load_state(path, _file_of(name)))
         pl_module.step = state["step"]
         self.recorder.load_state(state["recorder"])
         return self.recorder.rewind(state["step"])
@@ -212,7 +212,9 @@ class Checkpoints(Callback):
             "objective": module.objective.state_dict(),
         }
         weights = {"model": module.denoiser.network.state_dict(), "ema": module.ema.state_dict()}
-        optimizers = {_file_of(name): optimizer.state_dict() for name, optimizer in module.named_optimizers.items()}
+        optimizers = {
+            _file_of(name): optimizer.optimizer.state_dict() for name, optimizer in module.named_optimizers.items()
+        }
         checkpoint.save(self.root, module.step, weights, {**optimizers, "run": state}, data=self.data, keep=self.keep)
 
 

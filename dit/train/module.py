@@ -83,7 +83,7 @@ class DiffusionModule(LightningModule):
 
     @property
     def named_optimizers(self) -> dict[str, Any]:
-        """The optimizers by the names of their networks."""
+        """By the names of their networks, each wrapped by Lightning; its `optimizer` is the one that has the state."""
         made = self.optimizers()  # one, or a list of several
         return dict(
             zip(["denoiser", *self.objective.networks], made if isinstance(made, list) else [made], strict=True)
