@@ -45,6 +45,8 @@ class TextEncoder:
         transformers.utils.logging.disable_progress_bar()
         self.tokenizer: Any = _from_pretrained(transformers.AutoTokenizer, name)
         self.model: Any = _from_pretrained(getattr(transformers, model), name).requires_grad_(False).eval()
+        self.name = name
+        self.width = width
         self.max_length = max_length
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token

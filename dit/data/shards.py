@@ -82,7 +82,27 @@ class Shards:
         Raises:
             DataError: if the shard cannot be read, or is not the one that was indexed.
         """
-        spots = self._spots_of(shard, tuple(wanted.values()))[sample].tolist()
+        spots = self._spots_of(shard, tuple(wanted.values()))[sample]
+        return dict(zip(wanted, self._read(shard, spots.tolist()), strict=True))
+
+    def whole(self, shard: int, sample: int) -> dict[str, bytes]:
+        """All files of a sample, by their extensions.
+
+        Raises:
+            DataError: if the shard cannot be read, or is not the one that was indexed.
+        """
+        found = self._table(shard)
+        there = np.flatnonzero(found.offsets[sample] >= 0)
+        spots = np.stack([found.offsets[sample, there], found.sizes[sample, there]], axis=1)
+        return dict(zip([found.extensions[i] for i in there], self._read(shard, spots.tolist()), strict=True))
+
+    def prefetch(self, shard: int) -> None:
+        """Begin to fetch a shard that will be read soon."""
+        described = self.all[shard]
+        self.stores[self.sources[shard]].prefetch(described.name, described.bytes, described.sha256)
+
+    def _read(self, shard: int, spots: list[tuple[int, int]]) -> list[bytes]:
+        """What lies at each (offset, size) of a shard."""
         described = self.all[shard]
         handle = self.stores[self.sources[shard]].open(described.name, described.bytes, described.sha256)
         try:
@@ -92,22 +112,7 @@ class Shards:
         for part, (_, size) in zip(parts, spots, strict=True):
             if len(part) != size:
                 raise DataError(f"the shard {self._url(shard)} was cut since it was indexed")
-        return dict(zip(wanted, parts, strict=True))
-
-    def prefetch(self, shard: int) -> None:
-        """Begin to fetch a shard that will be read soon."""
-        described = self.all[shard]
-        self.stores[self.sources[shard]].prefetch(described.name, described.bytes, described.sha256)
-
-    def has(self, shard: int, sample: int, extension: str) -> bool:
-        """Whether a sample has a file."""
-        return self._table(shard).column([extension])[sample] >= 0
-
-    def extension(self, shard: int, sample: int, extensions: Sequence[str]) -> str | None:
-        """The first of these extensions of which a sample has a file."""
-        found = self._table(shard)
-        column = found.column(extensions)[sample]
-        return found.extensions[column] if column >= 0 else None
+        return parts
 
     def _url(self, shard: int) -> str:
         return self.stores[self.sources[shard]].url(self.all[shard].name)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dit.data import index
 from dit.data.order import WINDOW, Order, Resampled, Shuffled, share, uniform
-from dit.data.sample import FLIPPED, Augmentation, BadSample, Decoder, collate
+from dit.data.sample import FLIPPED, IMAGE_EXTENSIONS, Augmentation, BadSample, Decoder, collate
 from dit.data.shards import Shards, Wanted
 from dit.data.source import Source
 from dit.data.store import DataError, Store
@@ -196,13 +196,12 @@ class Stream(Source):
 
     def _files(self, split: str) -> Iterator[tuple[str, str, dict[str, bytes]]]:
         """The shard, the key and the files of all samples of a split."""
-        shards = self.shards
-        if split == "held_out" or self.decoder.encoded:
-            folder = self.held_out if split == "held_out" else self.images
-            if folder is None:
-                key = "held_out" if split == "held_out" else "images"
-                raise ValueError(f"data.{key}=null: give the folder of these images, which evaluation needs")
-            shards = Shards([folder])
+        folder = self.held_out if split == "held_out" else self.images
+        if folder is None and split == "held_out":
+            raise ValueError("data.held_out=null: give the folder of these images, which evaluation needs")
+        shards = Shards([folder]) if folder else self.shards
+        if self.decoder.encoded and not any(set(IMAGE_EXTENSIONS) & shard.files.keys() for shard in shards.all):
+            raise ValueError("data.images=null: give the folder of the training images, which evaluation needs")
         wanted = self.decoder.of_images().files()
         for number, shard in enumerate(shards.all):
             for sample in range(shard.samples):

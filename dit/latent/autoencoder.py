@@ -1,7 +1,6 @@
 """The latent space of a frozen autoencoder."""
 
-import hashlib
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ class Autoencoder(Latent):
         kind = config.get("_class_name")
         if kind not in KINDS:
             raise ValueError(f"latent.name={name} is a {kind}: give one of {', '.join(KINDS)}")
-        vae = _read(getattr(diffusers, kind).from_pretrained, name, subfolder)
+        vae = _read(partial(getattr(diffusers, kind).from_pretrained, low_cpu_mem_usage=False), name, subfolder)
         widths = vae.config["encoder_block_out_channels" if kind == "AutoencoderDC" else "block_out_channels"]
         found = {
             "channels": vae.config.latent_channels,
@@ -68,7 +67,6 @@ class Autoencoder(Latent):
         super().__init__(channels, size, scale, shift)
         self.vae = vae.requires_grad_(False).eval()
         self.name = f"{name}/{subfolder}" if subfolder else name
-        self._sha256 = cache(lambda: _sha256(self.vae.state_dict()))
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
@@ -87,10 +85,6 @@ class Autoencoder(Latent):
             images: Tensor = self.vae.decode(z / self.scale + self.shift).sample
         return images
 
-    def identity(self) -> dict[str, str]:
-        """Its `name`, and the `sha256` of its weights: of names, types, shapes and bytes; read once."""
-        return {"name": self.name, "sha256": self._sha256()}
-
 
 def _read(read: Any, name: str, subfolder: str | None) -> Any:
     try:
@@ -103,11 +97,3 @@ def _read(read: Any, name: str, subfolder: str | None) -> Any:
             f"latent.name={name} is neither a folder with a VAE (a run that trains one writes it at its end) nor to be "
             f"had from the hub (offline, or a wrong name): {' '.join(str(error).split())[:300]}"
         ) from error
-
-
-def _sha256(weights: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(weights.items()):
-        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

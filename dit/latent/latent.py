@@ -19,6 +19,8 @@ class Latent(nn.Module, ABC):
         shift: what brings z to zero mean.
     """
 
+    name = ""  # of the weights; empty where there are none
+
     def __init__(self, channels: int, size: int, scale: float = 1.0, shift: float = 0.0):
         super().__init__()
         self.shape = (channels, size, size)
@@ -44,7 +46,3 @@ class Latent(nn.Module, ABC):
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Z of images; where the encoder's answer is a distribution, a draw from it."""
         return self.draw(self.moments(images), generator)
-
-    def identity(self) -> dict[str, str] | None:
-        """What tells this latent space from others: `name` and `sha256` of its weights; None: it has none."""
-        return None

@@ -68,7 +68,7 @@ class Parts:
         ours, theirs = self.condition.sizes.get("num_classes"), cfg.data.num_classes
         if ours not in (None, theirs):
             raise ValueError(f"condition.num_classes={ours} differs from data.num_classes={theirs}")
-        there = ["image", *cfg.data.get("fields", ["label"])]
+        there = ["latent" if cfg.data.get("encoded") else "image", *cfg.data.get("fields", ["label"])]
         if missing := [field for field in self.condition.fields if field not in there]:
             fields = ",".join([*there[1:], *missing])
             raise ValueError(f"the condition reads {missing[0]}, which data.fields leaves out: data.fields=[{fields}]")

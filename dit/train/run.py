@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dit.metric.subject import Samples, Subject, check
 from dit.train import checkpoint
 from dit.train.build import build, parts_of
+from dit.train.encoding import check_encoded
 from dit.train.same import differences
 from dit.train.strategy import arrange
 from dit.weights.convert import fitted
@@ -68,6 +69,8 @@ class Run:
         build(cfg.ema)(denoiser.network)
         self.num_parameters = sum(p.numel() for p in denoiser.network.parameters())
         self.latent = self.parts.latent()
+        if self.data.about:
+            check_encoded(self.data.about, self.latent, cfg.data.image_size, cfg.data.path)
         if cfg.metric:
             check(build(cfg.metric), self.parts.subject(denoiser, self.latent, seed=cfg.seed, batch_size=1))
         self.folder = Path(cfg.runs_dir) / cfg.run

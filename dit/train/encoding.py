@@ -1,0 +1,228 @@
+"""From shards of images to shards of what a VAE, and a text encoder, make of them."""
+
+import io
+import json
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dit.condition.encoder import TextEncoder
+from dit.data import index
+from dit.data.image import decode
+from dit.data.pack import write_shard
+from dit.data.sample import FLIPPED, IMAGE_EXTENSIONS, LATENT, caption
+from dit.data.shards import Shards
+from dit.data.store import DataError, Store
+from dit.latent.latent import Latent
+from dit.weights.identity import sha256
+
+PLAN = "encoding.json"
+DTYPES = {"float32": np.float32, "float16": np.float16}
+
+
+class Encoding:
+    """How shards are encoded: what their manifest will say, and the work on one of them.
+
+    A shard of images becomes one of the same samples. In place of the image there is `.latent.npy`, (K, c, h, w), the
+    moments of the posterior; with `flip` `.latent_flipped.npy`, too, those of the mirrored image; with a text encoder
+    `.text.npy`, (at most L, W), of the tokens that are there, and `.pooled.npy`, (W,). Other files are kept.
+
+    Args:
+        shards: of the images.
+        latent: the latent space, on the device that encodes.
+        out: the folder of the encoded shards.
+        image_size: height and width to which images are cropped.
+        channels: of the images.
+        text: reads captions; None: they are kept as they are.
+        flip: encode the mirrored image, too.
+        keep_images: keep the image beside.
+        dtype: of what is written: float32, or float16, half as large and rounded.
+        batch_size: images that are encoded at once.
+        num_threads: that decode images.
+        max_bad: the share of samples that may be bad, and are left out.
+
+    Raises:
+        ValueError: if there is no VAE, or out holds shards that were encoded otherwise.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        latent: Latent,
+        out: Path,
+        *,
+        image_size: int,
+        channels: int,
+        text: TextEncoder | None = None,
+        flip: bool = False,
+        keep_images: bool = False,
+        dtype: str = "float32",
+        batch_size: int = 64,
+        num_threads: int = 1,
+        max_bad: float = 0.001,
+    ):
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype}: choose one of {', '.join(DTYPES)}")
+        self.shards, self.latent, self.out, self.text = shards, latent, out, text
+        self.image_size, self.channels, self.flip, self.keep_images = image_size, channels, flip, keep_images
+        self.dtype, self.batch_size, self.num_threads, self.max_bad = dtype, batch_size, num_threads, max_bad
+        self.device = next(latent.parameters()).device
+        self.about: dict[str, Any] = {
+            "latent": {
+                **identity(latent),
+                "shape": list(latent.shape),
+                "image_size": image_size,
+                "flipped": flip,
+                "dtype": dtype,
+            },
+            "source": "+".join(found.fingerprint for found in shards.indices),
+        }
+        if text is not None:
+            self.about["text"] = {
+                "name": text.name,
+                "sha256": sha256(text.model),
+                "width": text.width,
+                "max_length": text.max_length,
+            }
+        plan = {**self.about, "keep_images": keep_images, "batch_size": batch_size}
+        if (out / PLAN).exists() and (before := json.loads((out / PLAN).read_text())) != plan:
+            other = ", ".join(f"{k}={before.get(k)}, now {plan.get(k)}" for k in plan if before.get(k) != plan.get(k))
+            raise ValueError(f"out={out} holds shards that were encoded otherwise ({other}): choose another out")
+        if not (out / PLAN).exists() and out.exists() and any(out.glob("*.tar")):
+            raise ValueError(f"out={out} holds shards of another kind: choose another out")
+        out.mkdir(parents=True, exist_ok=True)
+        index.replace(out / PLAN, (json.dumps(plan, indent=1) + "\n").encode())
+
+    def one(self, number: int) -> None:
+        """Encode the shard of a number, unless it is there.
+
+        Raises:
+            DataError: if too many of its samples are bad.
+        """
+        if self._done(number):
+            return
+        bad: list[index.Damage] = []
+        write_shard(self.out / _name(number), self._samples(number, bad))
+        if bad:
+            lines = "".join(json.dumps(damage._asdict()) + "\n" for damage in bad)
+            index.replace(self.out / f"{number:06d}.left_out.jsonl", lines.encode())
+        if len(bad) > self.max_bad * self.shards.total:
+            raise DataError(
+                f"{len(bad)} samples of {bad[0].shard} cannot be read, of {self.shards.total:,} in all, more than "
+                f"data.max_bad={self.max_bad} allows; the first is {bad[0].sample}: {bad[0].reason}"
+            )
+
+    def commit(self) -> index.Index | None:
+        """Write the manifest if all shards are there; None if some are not yet."""
+        names = [_name(number) for number in range(len(self.shards.all))]
+        if not all(map(self._done, range(len(names)))):
+            return None
+        place = Store(str(self.out))
+        found = [index.load(place, name)[0] for name in names]
+        lost = self.shards.total - sum(shard.samples for shard in found)
+        return index.commit(self.out, found, {**self.about, **({"left_out": lost} if lost else {})})
+
+    def _done(self, number: int) -> bool:
+        path = self.out / _name(number)
+        try:
+            return path.exists() and index.load(Store(str(self.out)), path.name)[0].bytes == path.stat().st_size
+        except ValueError:
+            return False
+
+    def _samples(self, number: int, bad: list[index.Damage]) -> Iterator[tuple[str, Mapping[str, bytes]]]:
+        """The encoded samples of a shard; those that cannot be read are noted."""
+        with ThreadPoolExecutor(self.num_threads) as pool:
+            total = self.shards.all[number].samples
+            for first in range(0, total, self.batch_size):
+                some = range(first, min(first + self.batch_size, total))
+                read = [(self.shards.key(number, sample), self.shards.whole(number, sample)) for sample in some]
+                good = []
+                for (key, files), image in zip(read, pool.map(self._image, read), strict=True):
+                    if isinstance(image, Tensor):
+                        good.append((key, files, image))
+                    else:
+                        bad.append(index.Damage(self.shards.all[number].name, key, image))
+                if good:
+                    yield from self._encoded(*map(list, zip(*good, strict=True)))
+
+    def _image(self, read: tuple[str, dict[str, bytes]]) -> Tensor | str:
+        """The image of a sample, or why there is none."""
+        _, files = read
+        try:
+            data = next(files[extension] for extension in IMAGE_EXTENSIONS if extension in files)
+            if self.text is not None:
+                caption(files["txt"])
+            return decode(data, self.image_size, self.channels)
+        except StopIteration:
+            return "it has no image"
+        except KeyError:
+            return "it has no caption"
+        except Exception as error:  # Pillow raises many kinds
+            return str(error)
+
+    def _encoded(
+        self, keys: list[str], files: list[dict[str, bytes]], images: list[Tensor]
+    ) -> Iterator[tuple[str, Mapping[str, bytes]]]:
+        pixels = torch.stack(images).to(self.device).float() / 127.5 - 1
+        made = {LATENT: self._moments(pixels)} | ({FLIPPED: self._moments(pixels.flip(-1))} if self.flip else {})
+        if self.text is not None:
+            captions = [caption(each["txt"]) for each in files]
+            text, mask, pooled = (part.cpu() for part in self.text(captions, self.device))
+            there = torch.tensor([bool(each) for each in captions])
+            made["text.npy"] = [row[m & t].numpy() for row, m, t in zip(text, mask, there, strict=True)]
+            made["pooled.npy"] = list((pooled * there[:, None]).numpy())
+        dropped = () if self.keep_images else IMAGE_EXTENSIONS
+        for i, key in enumerate(keys):
+            kept = {extension: data for extension, data in files[i].items() if extension not in dropped}
+            yield key, kept | {extension: self._npy(arrays[i]) for extension, arrays in made.items()}
+
+    def _moments(self, images: Tensor) -> list[np.ndarray]:
+        return list(self.latent.moments(images).cpu().numpy())
+
+    def _npy(self, array: np.ndarray) -> bytes:
+        file = io.BytesIO()
+        np.save(file, np.ascontiguousarray(array, dtype=DTYPES[self.dtype]), allow_pickle=False)
+        return file.getvalue()
+
+
+def identity(latent: Latent) -> dict[str, str]:
+    """The name of a latent space and the SHA-256 of its weights.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    if not latent.name:
+        raise ValueError("latent=pixels encodes nothing: choose a VAE, like latent=sd_vae")
+    return {"name": latent.name, "sha256": sha256(latent)}
+
+
+def check_encoded(about: Mapping[str, Any], latent: Latent, image_size: int, path: str) -> None:
+    """See whether encoded shards are of this latent space.
+
+    Args:
+        about: what their manifest says.
+        latent: the latent space of a run.
+        image_size: of the images, as a run has it.
+        path: the folder, for the message.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    encoded, own = about["latent"], identity(latent)
+    if encoded["sha256"] != own["sha256"]:
+        raise ValueError(
+            f"data.path={path} was encoded by {encoded['name']}, whose weights are others than those of latent.name="
+            f"{own['name']} (sha256 {encoded['sha256'][:8]} and {own['sha256'][:8]}): take the same VAE, or encode anew"
+        )
+    for key, value in {"image_size": image_size, "shape": list(latent.shape)}.items():
+        if encoded[key] != value:
+            raise ValueError(f"data.path={path} was encoded with {key}={encoded[key]}, but the run has {value}")
+
+
+def _name(number: int) -> str:
+    return f"{number:06d}.tar"
