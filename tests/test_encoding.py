@@ -210,9 +210,13 @@ def test_images_may_be_kept_beside(config, shards, vae, tmp_path):
     data.check()
     both = data.read("train")
     assert both["image"].shape == (170, 1, 8, 8) and len(data.read("held_out", most=3)["key"]) == 3
-    without = Stream(str(encoded(shards, vae, tmp_path / "bare")), 8, 1, 10, encoded=True)
-    with pytest.raises(ValueError, match=r"data\.images=null"):
-        without.read("train")
+    bare = encoded(shards, vae, tmp_path / "bare")
+    without = Stream(str(bare), 8, 1, 10, encoded=True)
+    assert set(without.read("train")) == {"key", "label"}
+    run = [*RUN, *of(bare)[:-1], "data.flip=false", "data.encoded=true", f"latent.name={vae}"]
+    with pytest.raises(ValueError, match=r"the metric needs images.*data\.images"):
+        Run(config(*run, "metric=classifier", f"data.held_out={shards}"))
+    Run(config(*run, "metric=classifier", f"data.held_out={shards}", f"data.images={shards}"))
 
 
 @pytest.mark.parametrize(("overrides", "message"), [

@@ -74,6 +74,10 @@ class Source(ABC):
             `label`, int64 (B,), the others arrays of B strings or arrays.
         """
 
+    def has_images(self, split: str) -> bool:
+        """Whether there are images of a split, `train` or `held_out`, by which to judge."""
+        return True
+
     @abstractmethod
     def _files(self, split: str) -> Iterator[tuple[str, str, dict[str, bytes]]]:
         """All samples of a split in order: as messages name it, the key, the files (images, not latents)."""
@@ -87,7 +91,10 @@ class Source(ABC):
         """
 
     def read(self, split: str, most: int | None = None) -> dict[str, Any]:
-        """All images of `train` or `held_out`, or the first so many, in order, as one batch; bad ones are left out."""
+        """All samples of `train` or `held_out`, or the first so many, in order, as one batch; bad ones are left out.
+
+        They have `image`, if there are images of the split, and the fields.
+        """
         decode, samples, bad = self.decoder.of_images(), list[dict[str, Any]](), 0
         for where, key, files in itertools.islice(self._files(split), most):
             try:

@@ -128,7 +128,10 @@ class Stream(Source):
                 check_files(place, found.shards, self.decoder.files(flip), again)
         if self.held_out:
             found = index.read(self.held_out)
-            check_files(Store(self.held_out), found.shards, self.decoder.of_images().files(), again)
+            wanted = self.decoder.of_images().files()
+            if not self.has_images("held_out"):
+                wanted.pop("image")
+            check_files(Store(self.held_out), found.shards, wanted, again)
 
     def fingerprint(self) -> str:
         """What tells these training samples from others."""
@@ -194,15 +197,22 @@ class Stream(Source):
                 )
             yield batch
 
-    def _files(self, split: str) -> Iterator[tuple[str, str, dict[str, bytes]]]:
-        """The shard, the key and the files of all samples of a split."""
+    def has_images(self, split: str) -> bool:
+        """Whether there are images of a split, which those of encoded shards may lack."""
+        return any(set(IMAGE_EXTENSIONS) & shard.files.keys() for shard in self._of(split).all)
+
+    def _of(self, split: str) -> Shards:
+        """The shards of a split, of images if there are some."""
         folder = self.held_out if split == "held_out" else self.images
         if folder is None and split == "held_out":
             raise ValueError("data.held_out=null: give the folder of these images, which evaluation needs")
-        shards = Shards([folder]) if folder else self.shards
-        if self.decoder.encoded and not any(set(IMAGE_EXTENSIONS) & shard.files.keys() for shard in shards.all):
-            raise ValueError("data.images=null: give the folder of the training images, which evaluation needs")
-        wanted = self.decoder.of_images().files()
+        return Shards([folder]) if folder else self.shards
+
+    def _files(self, split: str) -> Iterator[tuple[str, str, dict[str, bytes]]]:
+        """The shard, the key and the files of all samples of a split."""
+        shards, wanted = self._of(split), self.decoder.of_images().files()
+        if not self.has_images(split):
+            wanted.pop("image")
         for number, shard in enumerate(shards.all):
             for sample in range(shard.samples):
                 yield shards.where(number, sample), shards.key(number, sample), shards.files(number, sample, wanted)

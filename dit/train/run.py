@@ -63,6 +63,10 @@ class Run:
         self.parts.condition.check(self.data.first() if self.data.there else None)
         if cfg.metric and cfg.data.held_out is None:
             raise ValueError("data.held_out=null, but the metric needs held-out images: give a folder, or metric=none")
+        if cfg.metric and self.data.there and not all(map(self.data.has_images, ("train", "held_out"))):
+            raise ValueError(
+                "the metric needs images, which data.path or data.held_out lacks: give data.images=<folder>"
+            )
         if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
             raise ValueError("trainer.accelerator=gpu, but torch sees no GPU: choose trainer=cpu")
         build(cfg.optimizer)(denoiser.network.parameters())
