@@ -1,0 +1,235 @@
+"""A folder of files, local or behind a URL, and a bounded cache of what was fetched."""
+
+import contextlib
+import fcntl
+import fnmatch
+import functools
+import hashlib
+import os
+import random
+import re
+import shutil
+import tempfile
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+SCHEMES = ("s3", "gs", "gcs", "https", "http", "hf", "memory")
+HINTS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "https": "aiohttp", "http": "aiohttp", "hf": "huggingface_hub"}
+ATTEMPTS = 6
+FIRST_PAUSE_SECONDS = 0.1  # doubled after each attempt
+MAX_OPEN = 256  # files
+
+Result = TypeVar("Result")
+
+
+class DataError(RuntimeError):
+    """A sample or shard that cannot be used, met while training."""
+
+    exit_code = 3
+
+
+class Store:
+    """The files of a folder: read where they are, or fetched through fsspec with retries.
+
+    Args:
+        folder: a path, or a URL of one of the schemes s3, gs, https, http, hf. Nothing is ever run by a shell.
+        cache: where fetched shards are kept.
+        cache_bytes: how much of them; the ones that were not used for longest go first.
+
+    Raises:
+        ValueError: if the scheme is another one.
+        ImportError: if what a scheme needs is missing.
+    """
+
+    def __init__(self, folder: str, cache: str | Path | None = None, cache_bytes: int = 2**36):
+        scheme = re.match(r"([A-Za-z][\w+.-]*)::?//|(pipe):", folder)
+        self.scheme = (scheme[1] or scheme[2]).lower() if scheme else ""
+        if self.scheme == "file":
+            folder, self.scheme = folder.split("://", 1)[1], ""
+        if self.scheme and self.scheme not in SCHEMES:
+            raise ValueError(
+                f"{folder}: {self.scheme} is no place for data; give a folder, or one of s3://, gs://, https://, hf://"
+            )
+        self.folder = folder.rstrip("/") if folder != "/" else folder
+        self.cache = Path(cache) if cache else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dit"
+        self.cache_bytes = cache_bytes
+        self.remote = bool(self.scheme)
+        if self.remote:
+            self._filesystem()
+        self._open: OrderedDict[str, int] = OrderedDict()
+        self._fetching: dict[str, Future[Path]] = {}
+
+    def url(self, name: str) -> str:
+        """Where a file is."""
+        return f"{self.folder}/{name}"
+
+    def names(self, pattern: str) -> list[str]:
+        """The files of the folder by a pattern with `*`, sorted, or with `{000..123}`, in that order.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if "{" in pattern:
+            from braceexpand import braceexpand
+
+            return list(braceexpand(pattern))
+        if self.remote:
+            listed = self._again(lambda: self._filesystem().ls(self.folder, detail=False), self.folder)
+            names = [str(path).rstrip("/").rpartition("/")[2] for path in listed]
+        else:
+            if not Path(self.folder).is_dir():
+                raise ValueError(
+                    f"the data folder {self.folder} does not exist: give the one that holds the .tar shards"
+                )
+            names = [path.name for path in Path(self.folder).iterdir()]
+        if not (found := sorted(name for name in names if fnmatch.fnmatch(name, pattern))):
+            kind = ".tar shard" if pattern == "*.tar" else pattern
+            raise ValueError(f"{self.folder} holds no {kind}")
+        return found
+
+    def read(self, name: str) -> bytes:
+        """A small file.
+
+        Raises:
+            FileNotFoundError: if it is not there.
+            DataError: if it cannot be fetched.
+        """
+        if not self.remote:
+            return Path(self.url(name)).read_bytes()
+        data: bytes = self._again(lambda: self._filesystem().cat_file(self.url(name)), self.url(name))
+        return data
+
+    @contextlib.contextmanager
+    def borrowed(self, name: str) -> Iterator[Path]:
+        """A file as a local one, for the length of a `with`."""
+        if not self.remote:
+            yield Path(self.url(name))
+            return
+        self.cache.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=self.cache, prefix="borrowed."))
+        try:
+            path = folder / Path(name).name
+            self._again(lambda: self._filesystem().get_file(self.url(name), str(path)), self.url(name))
+            yield path
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def open(self, name: str, size: int, sha256: str) -> int:
+        """A file descriptor of a file of known contents, which the store keeps and closes.
+
+        Raises:
+            DataError: if it is not there, cannot be fetched, or is another one.
+        """
+        if name in self._open:
+            self._open.move_to_end(name)
+            return self._open[name]
+        while True:
+            path = self._fetched(name, size, sha256) if self.remote else Path(self.url(name))
+            try:
+                handle = os.open(path, os.O_RDONLY)
+                break
+            except FileNotFoundError as error:
+                if not self.remote:  # else another process has just made room
+                    raise DataError(f"the shard {path} is missing") from error
+            except OSError as error:
+                raise DataError(f"the shard {path} cannot be read: {error}") from error
+        if (found := os.fstat(handle).st_size) != size:
+            os.close(handle)
+            raise DataError(
+                f"the shard {path} has {found} bytes instead of {size}: it was changed since it was indexed"
+            )
+        self._open[name] = handle
+        if len(self._open) > MAX_OPEN:
+            os.close(self._open.popitem(last=False)[1])
+        return handle
+
+    def prefetch(self, name: str, size: int, sha256: str) -> None:
+        """Begin to fetch a file that will be opened soon."""
+        if self.remote and name not in self._open and name not in self._fetching:
+            self._fetching[name] = self._pool.submit(self._fetch, name, size, sha256)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to a process: open files, threads."""
+        return {**self.__dict__, "_open": OrderedDict(), "_fetching": {}}
+
+    @functools.cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(2, thread_name_prefix="prefetch")
+
+    def _fetched(self, name: str, size: int, sha256: str) -> Path:
+        """Where a file is in the cache, fetched if it is not there."""
+        if name in self._fetching:
+            self._fetching.pop(name).result()
+        return self._fetch(name, size, sha256)
+
+    def _fetch(self, name: str, size: int, sha256: str) -> Path:
+        self.cache.mkdir(parents=True, exist_ok=True)
+        path = self.cache / f"{sha256}.tar"
+        if self._used(path):
+            return path
+        with (self.cache / f"{sha256}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one process fetches, the others wait
+            if self._used(path):
+                return path
+            partial = path.with_suffix(f".{os.getpid()}.tmp")
+            try:
+                self._again(lambda: self._download(name, partial, size, sha256), self.url(name))
+                self._make_room(size)
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+        return path
+
+    def _download(self, name: str, partial: Path, size: int, sha256: str) -> None:
+        self._filesystem().get_file(self.url(name), str(partial))
+        with partial.open("rb") as file:
+            if partial.stat().st_size != size or hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                raise OSError("what came is not the shard of the index")
+
+    def _used(self, path: Path) -> bool:
+        """Whether a file is in the cache; if so, it is young again."""
+        try:
+            os.utime(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _make_room(self, size: int) -> None:
+        """Remove what was not used for longest, until so many more bytes fit."""
+        kept = []
+        for path in self.cache.glob("*.tar"):
+            with contextlib.suppress(FileNotFoundError):
+                kept.append((path.stat().st_mtime, path.stat().st_size, path))
+        total = size + sum(bytes_ for _, bytes_, _ in kept)
+        for _, bytes_, path in sorted(kept):
+            if total <= self.cache_bytes:
+                break
+            path.unlink(missing_ok=True)
+            path.with_suffix(".lock").unlink(missing_ok=True)
+            total -= bytes_
+
+    def _filesystem(self) -> Any:
+        """That of the scheme; fsspec keeps one a process."""
+        import fsspec
+
+        try:
+            return fsspec.filesystem(self.scheme)
+        except ImportError as error:
+            raise ImportError(f"{self.folder} needs {HINTS[self.scheme]}: pip install {HINTS[self.scheme]}") from error
+
+    def _again(self, function: Callable[[], Result], url: str) -> Result:
+        """The result of a function that may fail for a while; but not of a file that is not there."""
+        for attempt in range(ATTEMPTS):
+            try:
+                return function()
+            except FileNotFoundError:
+                raise
+            except Exception as error:  # each store raises its own kinds
+                if attempt == ATTEMPTS - 1:
+                    raise DataError(f"{url} cannot be fetched, {ATTEMPTS} times tried: {error}") from error
+                time.sleep(FIRST_PAUSE_SECONDS * 2**attempt * (0.5 + random.random()))
+        raise AssertionError
