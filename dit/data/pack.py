@@ -130,7 +130,7 @@ def pack(
         ValueError: for an option, source or out that cannot be used.
         DataError: if more is broken than may be.
     """
-    form, columns = Form(size, format, quality), dict(columns or {})
+    form, columns = Form(size, format, quality), {kind: name for kind, name in (columns or {}).items() if name}
     form.check()
     sources = [Path(path) for path in ([source] if isinstance(source, str | Path) else source)]
     folders = [Path(out)] if held_out is None else [Path(out), Path(held_out)]
