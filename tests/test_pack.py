@@ -180,8 +180,8 @@ def test_captions_that_are_lacking_or_several(flat, tmp_path):
     }
     found = sorted((problem["source"], problem["reason"]) for problem in report(tmp_path / "out"))
     assert found == [
-        ("0.png", "another caption"),
-        ("0.png", "another caption"),
+        ("0.png", "told again"),
+        ("0.png", "told again"),
         ("1.png", "no caption"),
         ("2.png", "bad caption"),
         ("3.png", "no caption"),
@@ -214,6 +214,8 @@ def test_data_sets_of_hugging_face(tmp_path):
         ValueError, match=r"columns\.caption=nope: there is no such column; choose one of image, kind, text"
     ):
         pack(tmp_path / "renamed", tmp_path / "out4", columns={"caption": "nope"})
+    with pytest.raises(ValueError, match="0 columns of images named text; of its columns"):
+        pack(tmp_path / "renamed", tmp_path / "out4", columns={"image": "text"})
 
 
 def test_tars_of_other_tools_are_mended(tmp_path):
@@ -289,7 +291,7 @@ def test_what_is_broken_or_twice_is_named(classes, tmp_path):
         "void": "an empty class",
         "cat/.hidden.png": "hidden",
     }
-    assert {reason for reason in found.values() if reason in NOTES} == set(NOTES) - {"another caption"}
+    assert {reason for reason in found.values() if reason in NOTES} == set(NOTES) - {"told again"}
     packed = samples(tmp_path / "out")
     assert len(packed) == 14 and max(packed) == "00000017"  # numbers do not move
     twice = next(p for p in report(tmp_path / "out") if p["source"] == "eel/0.png")
@@ -384,5 +386,7 @@ def test_exit_codes(flat, tmp_path):
     assert code == 3 and "x.png" in output and "max_broken=0.167" in output and "Traceback" not in output
     code, output, _ = dit("pack", f"source={flat}", f"out={tmp_path}/out", "max_broken=0.2")
     assert code == 0 and "5 samples in 1 shards" in output and "left out: 1 unreadable" in output
+    code, output, _ = dit("pack", "--help")
+    assert code == 0 and "dit pack source=" in output and "shard_bytes: 268435456" in output
     check = "import sys, dit.command.pack, dit.data.pack; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], env={**os.environ}).returncode == 0

@@ -1,25 +1,17 @@
 """What `dit pack` reads: a folder of images, tars of other tools, or a data set of Hugging Face's, all alike."""
 
-import csv
 import functools
 import json
 import os
-import re
-import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from dit.data import index
+from dit.data import columns, index
 from dit.data.parallel import each
 
 IMAGES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")  # names of files that are taken for images
-COLUMNS = {
-    "image": ("file_name", "file", "image", "path", "filename"),
-    "caption": ("caption", "text"),
-    "label": ("label", "class"),
-}
-NOTES = ("duplicate", "not an image", "hidden", "another caption", "an empty class")  # reasons that cost no sample
+NOTES = ("duplicate", "not an image", "hidden", "told again", "an empty class")  # reasons that cost no sample
 
 
 class Sample(NamedTuple):
@@ -55,20 +47,18 @@ class Input(Protocol):
     def listing(self, num_workers: int) -> Listing:
         """All samples, in an order that depends on nothing but what is there."""
 
-    def files(self, sample: Sample) -> dict[str, bytes]:
-        """The files of a sample: its `image`, and the others by their extension."""
+    def files(self, sample: Sample) -> tuple[bytes, dict[str, bytes]]:
+        """The image of a sample, and its other files by their extension."""
 
 
-def input_of(
-    sources: Sequence[Path], captions: str | None, classes: bool | str, columns: Mapping[str, str | None]
-) -> Input:
+def input_of(sources: Sequence[Path], captions: str | None, classes: bool | str, wanted: Mapping[str, str]) -> Input:
     """The input that a folder, or tars, are.
 
     Args:
         sources: a folder of images or tars, a data set, or tars.
         captions: a file of them; `txt`, a file beside each image; or None.
         classes: whether the first sub-folders are classes; `auto`: unless there are captions.
-        columns: which columns are the image, caption and label, where their names do not tell.
+        wanted: which columns are the image, caption and label, where their names do not tell.
 
     Raises:
         ValueError: if there is no such thing, or an option does not go with it.
@@ -90,9 +80,9 @@ def input_of(
             splits = ", ".join(sorted(name for name, path in here.items() if path.is_dir()))
             raise ValueError(f"source={folder} has several splits, {splits}: give one of these folders")
         if {"state.json", "dataset_info.json"} <= here.keys():
-            chosen = Rows(folder, columns)
+            chosen = Rows(folder, wanted)
         elif not tars:
-            return Folder(folder, captions, classes, columns)
+            return Folder(folder, captions, classes, wanted)
         elif images := sorted(name for name in here if _is_image(name)):
             raise ValueError(f"source={folder} holds tars and images, like {images[0]}: keep them in two folders")
         else:
@@ -105,8 +95,8 @@ def input_of(
 class Folder:
     """Images in a folder and below, with the classes of its first sub-folders, or captions and labels from files."""
 
-    def __init__(self, source: Path, captions: str | None, classes: bool | str, columns: Mapping[str, str | None]):
-        self.source, self.columns, self.beside = source, columns, captions == "txt"
+    def __init__(self, source: Path, captions: str | None, classes: bool | str, wanted: Mapping[str, str]):
+        self.source, self.wanted, self.beside = source, wanted, captions == "txt"
         self.captions = None
         if captions is not None and not self.beside:
             self.captions = next((path for path in (Path(captions), source / captions) if path.is_file()), None)
@@ -123,7 +113,7 @@ class Folder:
         del num_workers
         sizes, problems = _files(self.source)
         used = {os.path.relpath(self.captions, self.source)} if self.captions else set()
-        told, names = _told(self.captions, self.columns, sizes, problems) if self.captions else (None, None)
+        told, names = _told(self.captions, self.wanted, sizes, problems) if self.captions else (None, None)
         labels: dict[str, int] = {}
         if self.classes:
             labels, names = _class_folders(self.source, sizes, problems)
@@ -141,12 +131,12 @@ class Folder:
         problems += [Problem("not an image", path) for path in sizes if not _is_image(path) and path not in used]
         return Listing(samples, problems, names)
 
-    def files(self, sample: Sample) -> dict[str, bytes]:
-        """The image, class and caption."""
-        files = {"image": (self.source / sample.source).read_bytes(), **_text(sample)}
+    def files(self, sample: Sample) -> tuple[bytes, dict[str, bytes]]:
+        """The image; class and caption."""
+        others = _others(sample)
         if sample.where:
-            files["txt"] = (self.source / sample.where).read_bytes().strip()
-        return files
+            others["txt"] = (self.source / sample.where).read_bytes().strip()
+        return (self.source / sample.source).read_bytes(), others
 
 
 class Tars:
@@ -172,8 +162,8 @@ class Tars:
                 if len(images) != 1:
                     problems.append(Problem("damaged", name, f"it has {len(images)} images of its {len(places)} files"))
                     continue
-                places["image"] = places.pop(images[0])
-                samples.append(Sample(name, places["image"][1], (str(path.resolve()), places)))
+                size = places[images[0]][1]
+                samples.append(Sample(name, size, (str(path.resolve()), places, images[0])))
         for extension, what in (("cls", "no class"), ("txt", "no caption")):
             lacking = [sample for sample in samples if extension not in sample.where[1]]
             if 0 < len(lacking) < len(samples):
@@ -182,22 +172,22 @@ class Tars:
         names = self.shards[0].parent / "classes.json"  # of an earlier pack
         return Listing(samples, problems, json.loads(names.read_bytes()) if names.exists() else None)
 
-    def files(self, sample: Sample) -> dict[str, bytes]:
-        """All files of the sample."""
-        path, places = sample.where
-        files = {}
+    def files(self, sample: Sample) -> tuple[bytes, dict[str, bytes]]:
+        """The image, and all others."""
+        path, places, image = sample.where
+        others = {}
         with open(path, "rb") as file:
             for extension, (offset, size) in places.items():
                 file.seek(offset)
-                files[extension] = file.read(size)
-        return files
+                others[extension] = file.read(size)
+        return others.pop(image), others
 
 
 class Rows:
     """A data set of Hugging Face's, as `save_to_disk` writes it."""
 
-    def __init__(self, source: Path, columns: Mapping[str, str | None]):
-        self.source, self.columns = source, columns
+    def __init__(self, source: Path, wanted: Mapping[str, str]):
+        self.source, self.wanted = source, wanted
         try:
             import datasets  # noqa: F401
         except ImportError as error:
@@ -211,20 +201,21 @@ class Rows:
 
         rows, (image, label, _) = self._rows
         images = rows.data.column(image)
-        data = arrow.struct_field(images, "bytes") if isinstance(rows.features[image], dict | Image) else images
+        data = arrow.struct_field(images, "bytes") if isinstance(rows.features[image], Image) else images
         sizes = arrow.binary_length(data).to_pylist()
-        labels, names = _numbered(rows.data.column(label).to_pylist()) if label else ([None] * len(sizes), None)
-        if label and isinstance(rows.features[label], ClassLabel):
-            names = rows.features[label].names
-        numbered = enumerate(zip(sizes, labels, strict=True))
-        return Listing([Sample(f"row {row}", size or 0, row, number) for row, (size, number) in numbered], [], names)
+        samples, names = [Sample(f"row {row}", size or 0, row) for row, size in enumerate(sizes)], None
+        if label:
+            labels, names = columns.numbered(rows.data.column(label).to_pylist())
+            samples = [sample._replace(label=number) for sample, number in zip(samples, labels, strict=True)]
+            names = rows.features[label].names if isinstance(rows.features[label], ClassLabel) else names
+        return Listing(samples, [], names)
 
-    def files(self, sample: Sample) -> dict[str, bytes]:
-        """The image, class and caption."""
+    def files(self, sample: Sample) -> tuple[bytes, dict[str, bytes]]:
+        """The image; class and caption."""
         rows, (image, _, caption) = self._rows
         row = rows[sample.where]
         data = row[image]["bytes"] if isinstance(row[image], dict) else row[image]
-        return {"image": data or b"", **_text(sample._replace(caption=caption and (row[caption] or "")))}
+        return data or b"", _others(sample._replace(caption=caption and (row[caption] or "")))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the data set, which every process opens anew."""
@@ -238,14 +229,18 @@ class Rows:
         rows = load_from_disk(str(self.source))
         features = rows.features
         images = [name for name, feature in features.items() if isinstance(feature, Image)]
+        images = images or [name for name, feature in features.items() if getattr(feature, "dtype", "") == "binary"]
+        if (wanted := self.wanted.get("image")) is not None:
+            images = [name for name in images if name == wanted]
+        if len(images) != 1:
+            raise ValueError(
+                f"{self.source} has {len(images)} columns of images{f' named {wanted}' if wanted else ''}; of its "
+                f"columns ({', '.join(features)}) give columns.image="
+            )
+        [image] = images
         labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-        if len(images) > 1 and not self.columns.get("image"):
-            raise ValueError(f"{self.source} has several columns of images, {', '.join(images)}: give columns.image=")
-        image = images[0] if images and not self.columns.get("image") else _column("image", features, self.columns)
-        if image is None:
-            raise ValueError(f"{self.source} has no column of images, but {', '.join(features)}: give columns.image=")
-        label = _column("label", features, self.columns) or (labels[0] if len(labels) == 1 else None)
-        caption = _column("caption", features, self.columns)
+        label = columns.column("label", features, self.wanted) or (labels[0] if len(labels) == 1 else None)
+        caption = columns.column("caption", features, self.wanted)
         if isinstance(features[image], Image):
             rows = rows.cast_column(image, Image(decode=False))
         kept = [name for name in (image, label, caption) if name is not None]
@@ -256,7 +251,7 @@ def _is_image(name: str) -> bool:
     return name.rpartition(".")[2].lower() in IMAGES
 
 
-def _text(sample: Sample) -> dict[str, bytes]:
+def _others(sample: Sample) -> dict[str, bytes]:
     """The class and caption; a caption that is not Unicode stays none, and is refused later."""
     files = {} if sample.label is None else {"cls": b"%d" % sample.label}
     return files if sample.caption is None else {**files, "txt": sample.caption.strip().encode(errors="surrogatepass")}
@@ -264,27 +259,22 @@ def _text(sample: Sample) -> dict[str, bytes]:
 
 def _files(source: Path) -> tuple[dict[str, int], list[Problem]]:
     """The size in bytes of every plain file by its path, sorted; links out of the source, or to folders, are left."""
-    found, problems = {}, []
+    found, problems, folders = {}, [], [""]
     inside = source.resolve()
-
-    def stop(error: OSError) -> None:
-        raise error
-
-    for folder, folders, names in os.walk(source, onerror=stop):
-        for name in [*names, *folders]:
-            path = Path(folder, name)
-            shown = str(path.relative_to(source))
-            if name.startswith("."):
-                problems.append(Problem("hidden", shown))
-            elif path.is_symlink() and (name in folders or not path.resolve().is_relative_to(inside)):
-                problems.append(Problem("a link", shown, "it leads out of the source, or to a folder"))
-            elif name in folders:
-                continue
-            elif not stat.S_ISREG((status := path.stat()).st_mode):
-                problems.append(Problem("not an image", shown, "it is no plain file"))
+    while folders:
+        folder = folders.pop()
+        for entry in os.scandir(source / folder):
+            path = os.path.join(folder, entry.name)
+            if entry.name.startswith("."):
+                problems.append(Problem("hidden", path))
+            elif entry.is_symlink() and (entry.is_dir() or not Path(entry.path).resolve().is_relative_to(inside)):
+                problems.append(Problem("a link", path, "it leads out of the source, or to a folder"))
+            elif entry.is_dir():
+                folders.append(path)
+            elif entry.is_file():
+                found[path] = entry.stat().st_size
             else:
-                found[shown] = status.st_size
-        folders[:] = [name for name in folders if not name.startswith(".")]
+                problems.append(Problem("not an image", path, "it is no plain file"))
     return dict(sorted(found.items())), sorted(problems)
 
 
@@ -308,12 +298,12 @@ def _class_folders(
 
 
 def _told(
-    path: Path, columns: Mapping[str, str | None], sizes: Mapping[str, int], problems: list[Problem]
+    path: Path, wanted: Mapping[str, str], sizes: Mapping[str, int], problems: list[Problem]
 ) -> tuple[dict[str, tuple[int | None, str | None]], list[str] | None]:
     """The label and caption that a file has for each image, and the names of the labels if they are not numbers."""
-    rows = _table(path)
+    rows = columns.table(path)
     names = list(dict.fromkeys(name for row in rows for name in row if name is not None))
-    image, caption, label = (_column(kind, names, columns) for kind in ("image", "caption", "label"))
+    image, caption, label = (columns.column(kind, names, wanted) for kind in ("image", "caption", "label"))
     if image is None or caption is label is None:
         lacking, kind = ("the images' files", "image") if image is None else ("captions or labels", "caption")
         listed = ", ".join(names) or "none"
@@ -324,56 +314,17 @@ def _told(
             f"captions={path} names {len(absent)} files that are not in the source, like "
             f"{', '.join(map(ascii, absent[:3]))}: paths are relative to the source"
         )
-    labels, classes = _numbered([row.get(label) for row in rows]) if label else ([None] * len(rows), None)
+    labels: list[int | None] = [None] * len(rows)
+    classes = None
+    if label:
+        labels[:], classes = columns.numbered([row.get(label) for row in rows])
     told: dict[str, tuple[int | None, str | None]] = {}
     for file, number, row in zip(files, labels, rows, strict=True):
         said = row.get(caption) if caption else None
-        texts = [str(text or "") for text in (said if isinstance(said, list) and said else [said])]
+        said = said if isinstance(said, list) and said else [said]
+        texts = [text if isinstance(text, str) else "" for text in said]  # an empty one is refused when it is packed
         if file not in told:
-            told[file] = (number, texts.pop(0) if caption else None)  # an empty one is refused when it is packed
-        problems += [Problem("another caption", file, text[:200]) for text in texts]
+            told[file] = (number, texts[0] if caption else None)
+            texts = texts[1:]
+        problems += [Problem("told again", file, text[:200] or f"label {number}") for text in texts]
     return told, classes
-
-
-def _table(path: Path) -> list[dict[str, Any]]:
-    """The rows of a table in JSON, JSON lines or CSV; what is not UTF-8 becomes lone surrogates."""
-    kind = path.suffix.lower()
-    if kind not in (".json", ".jsonl", ".csv", ".tsv"):
-        raise ValueError(f"captions={path}: give a .json, .jsonl or .csv, or captions=txt for a file beside each image")
-    rows: Any
-    try:
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            if kind == ".json":
-                rows = json.load(file)
-                if isinstance(rows, dict):
-                    told = {name: row if isinstance(row, dict) else {"caption": row} for name, row in rows.items()}
-                    rows = [{"file_name": name, **row} for name, row in told.items()]
-            elif kind == ".jsonl":
-                rows = [json.loads(line) for line in file if line.strip()]
-            else:
-                csv.field_size_limit(2**30)
-                rows = list(csv.DictReader(file, delimiter="," if kind == ".csv" else "\t"))
-    except (ValueError, RecursionError, csv.Error) as error:
-        raise ValueError(f"captions={path} cannot be read: {error}") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"captions={path} must be a list of objects, or a mapping from files to captions")
-    return rows
-
-
-def _column(kind: str, present: Any, columns: Mapping[str, str | None]) -> str | None:
-    """The column that is asked for, or has a usual name."""
-    if (wanted := columns.get(kind)) is not None:
-        if wanted not in present:
-            raise ValueError(f"columns.{kind}={wanted}: there is no such column; choose one of {', '.join(present)}")
-        return wanted
-    return next((name for name in COLUMNS[kind] if name in present), None)
-
-
-def _numbered(labels: Sequence[Any]) -> tuple[Sequence[int | None], list[str] | None]:
-    """The labels as numbers, -1 where there is none; names are numbered in sorted order, and given."""
-    texts = ["" if label is None else str(label).strip() for label in labels]
-    if all(re.fullmatch(r"(-?\d+(\.0*)?)?", text) for text in texts):  # pandas writes 1.0
-        return [int(float(text or -1)) for text in texts], None
-    names = sorted(set(texts) - {""})
-    numbers = {name: number for number, name in enumerate(names)}
-    return [numbers.get(text, -1) for text in texts], names

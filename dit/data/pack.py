@@ -130,16 +130,17 @@ def pack(
         ValueError: for an option, source or out that cannot be used.
         DataError: if more is broken than may be.
     """
-    form, columns = Form(size, format, quality), {kind: name for kind, name in (columns or {}).items() if name}
+    form = Form(size, format, quality)
     form.check()
+    asked = {kind: name for kind, name in (columns or {}).items() if name}
     sources = [Path(path) for path in ([source] if isinstance(source, str | Path) else source)]
     folders = [Path(out)] if held_out is None else [Path(out), Path(held_out)]
     if (held_out is None) != (num_held_out == 0):
         raise ValueError(f"held_out={held_out}, num_held_out={num_held_out}: give both, a folder and a number, or none")
     options: dict[str, Any] = {"source": [str(path.resolve()) for path in sources], "captions": captions}
-    options |= {"classes": classes, "columns": columns, **form._asdict(), "shuffle": shuffle, "seed": seed}
+    options |= {"classes": classes, "columns": asked, **form._asdict(), "shuffle": shuffle, "seed": seed}
     options |= {"shard_bytes": shard_bytes, "num_held_out": num_held_out}
-    given = input_of(sources, captions, classes, columns)
+    given = input_of(sources, captions, classes, asked)
     _check_folders(sources, folders)
     _check_plan(folders, {"options": options})
     if all((folder / index.MANIFEST).exists() for folder in folders):
@@ -250,21 +251,24 @@ def _write(part: Part, given: Input, form: Form) -> None:
         for number, sample in enumerate(part.samples, part.first):
             key = f"{number:08d}"
             try:
-                read = _read(given, sample)
-                files = prepared(read, sample.source, form)
+                image, others = _read(given, sample)
+                files = prepared(image, others, sample.source, form)
             except Unusable as error:
                 problems.append(Problem(error.args[0], sample.source, error.args[1], key))
                 continue
-            digests[key] = hashlib.sha256(read["image"]).hexdigest()
+            digests[key] = hashlib.sha256(image).hexdigest()
             yield key, files
 
     samples = usable()
-    if first := next(samples, None):
-        write_shard(part.path, itertools.chain([first], samples))
-    index.replace(part.done, _json({"problems": problems, "sha256": digests}))
+    try:
+        if first := next(samples, None):
+            write_shard(part.path, itertools.chain([first], samples))
+        index.replace(part.done, _json({"problems": problems, "sha256": digests}))
+    except OSError as error:
+        raise DataError(f"{part.path} cannot be written ({error}): mend that, and start again to go on") from error
 
 
-def _read(given: Input, sample: Sample) -> dict[str, bytes]:
+def _read(given: Input, sample: Sample) -> tuple[bytes, dict[str, bytes]]:
     if sample.bytes > MAX_BYTES:
         raise Unusable("unreadable", f"{sample.bytes:,} bytes")
     try:

@@ -7,8 +7,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from typing import TypeVar
+
+from dit.data.store import DataError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -45,6 +48,8 @@ def _results(function: Callable[[Item], Result], items: Sequence[Item], num_work
     pool = ProcessPoolExecutor(min(num_workers, len(items)), mp_context=get_context("spawn"), initializer=_follow)
     try:
         yield from pool.map(function, items)
+    except BrokenProcessPool as error:
+        raise DataError("a worker has died, perhaps for lack of memory: give fewer num_workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
 

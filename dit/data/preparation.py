@@ -38,27 +38,27 @@ class Unusable(ValueError):
     """Why a sample cannot be packed: the reason and the details."""
 
 
-def prepared(files: Mapping[str, bytes], source: str, form: Form) -> dict[str, bytes]:
+def prepared(image: bytes, others: Mapping[str, bytes], source: str, form: Form) -> dict[str, bytes]:
     """The files of a sample, by their extension, as they are packed.
 
     Args:
-        files: its `image`, and others by their extension.
+        image: the file of its image.
+        others: by their extension.
         source: where it comes from.
         form: how its image is to be.
 
     Raises:
         Unusable: if it cannot be packed.
     """
-    others = {name: data for name, data in files.items() if name not in ("image", "json")}
     if "txt" in others:
         _check_caption(others["txt"])
     if "cls" in others and not others["cls"].strip().isdigit():
         raise Unusable("no class", ascii(others["cls"][:80]))
     try:
-        told = dict(json.loads(files.get("json", b"{}")))
+        told = dict(json.loads(others.get("json", b"{}")))
     except (ValueError, TypeError, RecursionError) as error:
         raise Unusable("damaged", f"its .json: {error}") from error
-    extension, data, (width, height) = _image(files["image"], form)
+    extension, data, (width, height) = _image(image, form)
     told |= {"width": width, "height": height, "source": source}
     return {extension: data, **others, "json": json.dumps(told).encode()}
 
