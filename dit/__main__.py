@@ -4,6 +4,7 @@ import importlib
 import sys
 
 VERBS = {
+    "index": "check and index shards:      dit index path=shards",
     "train": "train a model:               dit train experiment=digits",
     "sample": "draw images with a run:      dit sample run=digits labels=[0,1,2,3] guidance.scale=2",
     "evaluate": "judge a run:                 dit evaluate run=digits metric=likelihood",

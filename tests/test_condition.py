@@ -291,8 +291,8 @@ def test_embeddings_in_shards_train_a_run_without_an_encoder(config, tmp_path):
         png = encode_png(torch.full((1, 8, 8), i, dtype=torch.uint8))
         return {"png": png, "cls": b"%d" % (i % 10), "text.npy": file.getvalue()}
 
-    write_shards(tmp_path / "shards", (files(i) for i in range(64)), 20)
-    overrides = ["run=shards", "data=webdataset", f"data.path={tmp_path}/shards", "data.image_size=8"]
+    write_shards(tmp_path / "shards", (files(i) for i in range(64)), 8)
+    overrides = ["run=shards", "data=shards", f"data.path={tmp_path}/shards", "data.image_size=8"]
     overrides += ["data.channels=1", "data.num_classes=10"]
     overrides += ["condition=text", "condition.name=no/encoder", "condition.width=24", "condition.max_length=6"]
     overrides += ["condition.precomputed=true", "model.cross_attention=true", "trainer.max_steps=3"]

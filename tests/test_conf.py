@@ -43,7 +43,8 @@ BASES = {"model=dit", "model=unet", "model=jit", "model=lightning_dit", "trainer
 
 @pytest.mark.parametrize("choice", sorted(GROUPS - BASES))
 def test_every_option_of_every_group_composes(choice):
-    more = {"data=webdataset": ["data.path=x"], "guidance=autoguidance": ["guidance.weak.run=x"]}
+    more = {f"data={name}": ["data.path=x"] for name in ("shards", "latents", "webdataset")}
+    more["guidance=autoguidance"] = ["guidance.weak.run=x"]
     if choice.startswith("init=") and choice != "init=none":
         more[choice] = ["init.path=x"]
     compose("train", ["experiment=digits", choice, *more.get(choice, [])])
@@ -118,7 +119,7 @@ def test_a_missing_name_is_asked_for():
     with pytest.raises(ConfigError, match="run is not set: give run=<value>"):
         compose("train", [])
     with pytest.raises(ConfigError, match=r"data.path is not set"):
-        compose("train", ["experiment=digits", "data=webdataset"])
+        compose("train", ["experiment=digits", "data=shards"])
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,7 @@ def test_a_missing_name_is_asked_for():
         (["sampler=ddpm", "sampler.variance=learned"], "model.learn_sigma=true"),
         (["guidance=autoguidance", "guidance.weak.run=nope"], "run=nope: no such run"),
         (["trainer.micro_batch_size=100"], "choose one of [128, 64, 32, 16]"),
-        (["data=webdataset", "data.path=/nowhere"], "/nowhere does not exist"),
+        (["data=shards", "data.path=/nowhere"], "/nowhere does not exist"),
         (["optimizer.betas=[2,3]"], "Invalid beta"),
         (["runs_dir=/proc/runs"], "/proc/runs"),
     ],

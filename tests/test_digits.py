@@ -50,7 +50,7 @@ def test_few_steps_of_a_solver_are_as_good_as_many_of_ddpm(run):
         parts, data = Parts(cfg), build(cfg.data)
         denoiser = trained.load(parts, trained.newest(run))
         subject = parts.subject(denoiser, parts.latent(), seed=0, batch_size=500)
-        figures[name, steps] = judge(subject, data.read(data.path), data.read(data.held_out), num_images=2000)
+        figures[name, steps] = judge(subject, data.read("train"), data.read("held_out"), num_images=2000)
     reference = figures["ddpm", 250]
     for name, steps in [("ddim", 50), ("dpmpp", 20), ("heun", 18), ("unipc", 20)]:
         assert figures[name, steps]["accuracy"] > 0.9 * reference["accuracy"]

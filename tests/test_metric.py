@@ -63,14 +63,15 @@ def test_psnr_has_a_known_error_and_refuses_what_it_cannot_judge():
     images = torch.randint(10, 240, (6, 1, 8, 8), dtype=torch.uint8)
     held_out = {"image": images, "label": torch.zeros(6, dtype=torch.long)}
     told = {"image": torch.cat([images.float() / 127.5 - 1, torch.zeros(6, 1, 8, 8)], dim=1)}
-    subject = Subject(lambda samples: told, lambda samples: samples["image"] + 5, None, None, (1, 8, 8))
+    subject = Subject(lambda samples: told, lambda samples: samples["image"] + 5, None, None, (1, 8, 8), True)
     figures = psnr(subject, held_out, held_out)
     assert figures["psnr"] == pytest.approx(20 * math.log10(255 / 5))
     assert figures["psnr_told"] == math.inf
     assert decibels(images, 255 - images) < decibels(images, images + 1)
-    for wrong in (subject._replace(told=lambda samples: {}), subject._replace(shape=(4, 4, 4))):
-        with pytest.raises(ValueError, match="networks that are told a picture, in pixels"):
-            psnr(wrong, held_out, held_out)
+    for other in (subject._replace(told=lambda samples: {}), subject._replace(shape=(4, 4, 4))):
+        assert psnr(other, held_out, held_out) == {"psnr": figures["psnr"]}
+    with pytest.raises(ValueError, match="judges autoencoders, and networks that restore the images they are told"):
+        psnr(subject._replace(restores=False), held_out, held_out)
 
 
 def test_the_judge_asks_for_each_class_in_turn():

@@ -36,7 +36,7 @@ TINY = {"input_size": 8, "in_channels": 3, "patch_size": 2, "hidden_size": 32, "
 
 def network(name):
     """A published size on the meta device, composed as users do."""
-    cfg = compose("train", ["run=x", "data=webdataset", "data.path=x", "latent=sd_vae", f"model=dit_{name}"])
+    cfg = compose("train", ["run=x", "data=shards", "data.path=x", "latent=sd_vae", f"model=dit_{name}"])
     with torch.device("meta"):
         return instantiate(cfg.model)(num_classes=1000)
 
@@ -299,7 +299,7 @@ def test_the_text_model_is_pixarts():
     ],
 )
 def test_the_successors_have_their_published_sizes(name, size, parameters):
-    cfg = compose("train", ["run=x", "data=webdataset", "data.path=x", *size, f"model={name}"])
+    cfg = compose("train", ["run=x", "data=shards", "data.path=x", *size, f"model={name}"])
     with torch.device("meta"):
         model = instantiate(cfg.model)(num_classes=1000)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.01)

@@ -35,7 +35,7 @@ def test_every_model_builds_on_meta(model):
     if "digits" in model:
         overrides += ["data=digits"]
     else:
-        overrides += ["data=webdataset", "data.path=x", f"data.image_size={size.get(model, 256)}"]
+        overrides += ["data=shards", "data.path=x", f"data.image_size={size.get(model, 256)}"]
         pixels = model.startswith(("jit", "adm", "unet"))
         overrides += [] if pixels else ["latent=sd_vae"]
     if model.endswith("text") or model.startswith("pixart"):

@@ -346,7 +346,9 @@ def test_a_run_begins_with_the_weights_it_is_given(config, tmp_path):
 
 
 def test_a_metric_that_cannot_judge_is_refused_before_training(config):
-    with pytest.raises(ValueError, match="metric=psnr judges networks that are told image_channels, which Label"):
+    with pytest.raises(
+        ValueError, match="metric=psnr judges autoencoders, and networks that restore the images they are told"
+    ):
         Run(config("run=unjudged", "metric=psnr"))
 
 

@@ -30,7 +30,7 @@ def inputs(batch=2, size=8, dtype=torch.float32):
 
 @pytest.mark.parametrize("size", PARAMETERS)
 def test_parameter_counts_are_the_published_ones(size):
-    sources = ["data=webdataset", "data.path=x", f"data.image_size={size}", "latent=pixels"]
+    sources = ["data=shards", "data.path=x", f"data.image_size={size}", "latent=pixels"]
     cfg = compose("train", ["run=x", *sources, f"model=adm_{size}"])
     with torch.device("meta"):
         model = instantiate(cfg.model)(num_classes=1000)
@@ -40,7 +40,7 @@ def test_parameter_counts_are_the_published_ones(size):
 @pytest.mark.parametrize(("name", "least", "most"), [("digits", 0.3e6, 0.6e6), ("cifar", 61e6, 62e6)])
 def test_small_sizes_are_what_their_yaml_says(name, least, most):
     size = {"digits": 8, "cifar": 32}[name]
-    sources = ["data=webdataset", "data.path=x", f"data.image_size={size}", "latent=pixels"]
+    sources = ["data=shards", "data.path=x", f"data.image_size={size}", "latent=pixels"]
     cfg = compose("train", ["run=x", *sources, f"model=unet_{name}"])
     with torch.device("meta"):
         model = instantiate(cfg.model)(num_classes=10)

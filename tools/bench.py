@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bench_data import data
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -111,6 +112,11 @@ def main() -> None:
     command.add_argument("--repeats", type=int, default=5, help="A B C, A B C, ...: medians are over these")
     command.add_argument("--compile", action="store_true", help="measure ours compiled, too")
     command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch on the CPU")
+    command = commands.add_parser("data", help="samples a second, against webdataset's reader; going on at a step")
+    command.set_defaults(run=data)
+    command.add_argument("--samples", type=int, default=8000)
+    command.add_argument("--repeats", type=int, default=5)
+    command.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.run(options)

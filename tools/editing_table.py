@@ -40,7 +40,7 @@ def table(folder: Path, resample: list[int], out: Path | None = None) -> dict[st
     cfg = saved.config(folder)
     parts, data = Parts(cfg), build(cfg.data)
     denoiser, latent = trained.load(parts, trained.newest(folder)), parts.latent()
-    train, held_out = data.read(data.path), data.read(data.held_out)
+    train, held_out = data.read("train"), data.read("held_out")
     images, labels = held_out["image"], held_out["label"]
     hide = torch.zeros(images.shape[-2:], dtype=torch.bool)
     hide[:, images.shape[-1] // 2 :] = True

@@ -37,7 +37,7 @@ def main() -> None:
 
     cfg = saved.config(folder)
     data = build(cfg.data)
-    train, held_out = data.read(data.path), data.read(data.held_out)
+    train, held_out = data.read("train"), data.read("held_out")
     path = trained.newest(folder)
     known = folder / f"sampler_table-{path.name}-{options.num_images}.json"
     figures = json.loads(known.read_text()) if known.exists() else {}

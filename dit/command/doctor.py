@@ -6,6 +6,7 @@ from omegaconf import DictConfig
 
 from dit.command.compose import user_errors
 from dit.command.train import check
+from dit.train.kind import check_denoiser
 
 if TYPE_CHECKING:
     from dit.train.build import Parts
@@ -22,6 +23,7 @@ def tell_apart(cfg: DictConfig, suffix: str) -> None:
 def main(cfg: DictConfig) -> int:
     """Print parameters, operations and memory; the exit code."""
     with user_errors():
+        check_denoiser(cfg)
         from dit.train.build import Parts
         from dit.train.cost import memory, multiply_adds
 

@@ -46,7 +46,7 @@ def main(cfg: DictConfig) -> int:
         metric = build(cfg.metric)
         out = Path(cfg.out) if cfg.out else Path(cfg.runs_dir) / cfg.run / "evaluation.json"
         check_writable(out)
-        train, held_out = data.read(data.path), data.read(data.held_out)
+        train, held_out = data.read("train"), data.read("held_out")
     subject = run.parts.subject(run.denoiser, run.latent, seed=cfg.seed, batch_size=cfg.batch_size)
     with user_errors():
         figures = metric(subject, train, held_out, num_images=cfg.num_images)

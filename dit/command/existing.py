@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     import torch
 
     from dit.latent.latent import Latent
-    from dit.noise.denoiser import Denoiser
-    from dit.train.build import Parts
 
 AS_THE_RUN_HAD_IT = ("sampler", "grid", "guidance", "metric")
 
@@ -23,8 +21,8 @@ AS_THE_RUN_HAD_IT = ("sampler", "grid", "guidance", "metric")
 class Loaded(NamedTuple):
     """A run, ready to be sampled."""
 
-    parts: "Parts"
-    denoiser: "Denoiser"
+    parts: Any  # Parts, or those of an autoencoder
+    denoiser: Any  # Denoiser, or what stands for it
     latent: "Latent"
     device: "torch.device"
     checkpoint: Path
@@ -104,12 +102,12 @@ def load(cfg: DictConfig) -> Loaded:
     import torch
 
     from dit.train import trained
-    from dit.train.build import Parts
+    from dit.train.build import parts_of
 
     folder = Path(cfg.runs_dir) / cfg.run
     chosen = {group: cfg[group] for group in AS_THE_RUN_HAD_IT if group in cfg}
     had: Any = saved.config(folder)
-    parts = Parts(OmegaConf.create({**had, "runs_dir": cfg.runs_dir, **chosen}))
+    parts = parts_of(OmegaConf.create({**had, "runs_dir": cfg.runs_dir, **chosen}))
     path = trained.newest(folder)
     device = torch.device("cuda" if cfg.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     if cfg.accelerator == "gpu" and device.type == "cpu":

@@ -8,6 +8,8 @@ from omegaconf import DictConfig, ListConfig
 
 from dit.command.compose import ConfigError, user_errors
 from dit.command.existing import Loaded, check_picture, check_run, check_writable, load, offer
+from dit.train import saved
+from dit.train.kind import check_denoiser
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +27,8 @@ def check(cfg: DictConfig) -> None:
     Raises:
         ConfigError: naming the value and the way out.
     """
+    with user_errors():
+        check_denoiser(saved.config(Path(cfg.runs_dir) / cfg.run))
     shares = ("strength", "variation", "noise_level")
     check_run(cfg, {"num_images": 1, "resample": 1, "interpolate_to": 0, **dict.fromkeys(shares, 0)})
     if cfg.out is not None:

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from dit.command.compose import check_least, user_errors
 from dit.command.existing import check_picture, check_writable
+from dit.train.kind import check_denoiser
 
 if TYPE_CHECKING:
     from numpy import ndarray as Array
@@ -48,6 +49,8 @@ def check(cfg: DictConfig) -> None:
     Raises:
         ConfigError: naming the value and the way out.
     """
+    with user_errors():
+        check_denoiser(cfg)
     check_least(cfg, {"sampler.num_steps": 1, "noise.num_steps": 1}, ["objective.max_weight"])
     check_picture(cfg.out)
 

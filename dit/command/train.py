@@ -6,6 +6,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from dit.command.compose import check_choices, check_least, check_run_name, user_errors
+from dit.train.kind import autoencodes
 
 LEAST: dict[str, float] = {
     "trainer.max_steps": 1,
@@ -43,6 +44,8 @@ def check(cfg: DictConfig) -> None:
     check_run_name(cfg.run)
     check_least(cfg, LEAST, POSITIVE)
     check_choices(cfg, CHOICES)
+    with user_errors():
+        autoencodes(cfg)
 
 
 def tell_apart(cfg: DictConfig, suffix: str) -> None:

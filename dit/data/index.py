@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dit.data.parallel import each
-from dit.data.store import Store
+from dit.data.store import DataError, Store
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -130,6 +130,33 @@ def write(
     return commit(target, indexed, {**(about or {}), **({"left_out": len(damages)} if damages else {})})
 
 
+def verify(folder: str | Path, place: str | Path | None = None, num_workers: int = 1) -> tuple[Index, list[Damage]]:
+    """The index of a folder, and what of its shards and tables is no longer as it was indexed, every byte compared.
+
+    Args:
+        folder: of the shards, a path or a URL.
+        place: the folder of tables and manifest, if it is another one.
+        num_workers: processes.
+    """
+    stores = Store(str(folder)), Store(str(place or folder))
+    found = _parsed(stores[1])
+    assert found is not None
+    job = functools.partial(_changed, store=stores[0], place=stores[1])
+    changed = [damage for damage in each(job, found.shards, num_workers, "shards verified") if damage]
+    return found, changed
+
+
+def _changed(shard: Shard, store: Store, place: Store) -> Damage | None:
+    try:
+        table(place, shard)
+        with store.borrowed(shard.name) as path:
+            if sha256(path) != shard.sha256:
+                return Damage(shard.name, "", "its bytes are not those that were indexed")
+    except (OSError, ValueError, DataError) as error:
+        return Damage(shard.name, "", str(error))
+    return None
+
+
 def commit(target: Path, shards: list[Shard], about: Mapping[str, Any]) -> Index:
     """Write the manifest of shards whose tables stand in the folder target, and what is said of them beside."""
     index = Index(shards, dict(about))
@@ -152,8 +179,7 @@ def read(folder: str | Path, index: str | Path | None = None) -> Index:
     store, place = Store(str(folder)), Store(str(index or folder))
     if not store.remote and not Path(folder).is_dir():
         raise ValueError(f"the data folder {folder} does not exist: give the one that holds the .tar shards")
-    manifest = _manifest(place)
-    if manifest is None or manifest.get("format") != FORMAT:
+    if (found := _parsed(place)) is None:
         if store.remote:
             raise ValueError(
                 f"{index or folder} has no {MANIFEST}: run dit index path={folder} out=<folder> once, and give "
@@ -167,13 +193,8 @@ def read(folder: str | Path, index: str | Path | None = None) -> Index:
                 f"{folder} has no index and cannot be written to: run dit index path={folder} out=<folder> once, and "
                 "give data.index=<folder>"
             ) from error
-    try:
-        shards = [Shard(**shard) for shard in manifest.pop("shards")]
-        found = Index(shards, {k: v for k, v in manifest.items() if k not in ("format", "fingerprint")})
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{place.url(MANIFEST)} is damaged ({error}): delete it, and run dit index anew") from error
     if not store.remote:
-        _check_shards(Path(folder), place.url(MANIFEST), shards)
+        _check_shards(Path(folder), place.url(MANIFEST), found.shards)
     return found
 
 
@@ -301,8 +322,15 @@ def _described(name: str, size: int, sha256: str, found: Table) -> Shard:
 
 def _write_table(target: Path, shard: Shard, found: Table) -> None:
     file = io.BytesIO()
-    arrays = {"keys": found.keys, "offsets": found.offsets, "sizes": found.sizes, "bytes": shard.bytes}
-    np.savez(file, extensions=np.array(found.extensions, dtype=str), sha256=shard.sha256, **arrays)
+    np.savez(
+        file,
+        keys=found.keys,
+        extensions=np.array(found.extensions, dtype=str),
+        offsets=found.offsets,
+        sizes=found.sizes,
+        bytes=shard.bytes,
+        sha256=shard.sha256,
+    )
     replace(target / _table_name(shard.name), file.getvalue())
 
 
@@ -313,11 +341,14 @@ def _table_name(shard: str) -> str:
 def _indexed(
     name: str, store: Store, target: Path, require: Sequence[Sequence[str]], lenient: bool
 ) -> tuple[Shard, list[Damage]]:
-    with store.borrowed(name) as path:
-        found, damages = scan(path, require)
-        if damages and not lenient:
-            return Shard(name, 0, 0, "", {}), damages
-        return save(target, path, found), damages
+    try:
+        with store.borrowed(name) as path:
+            found, damages = scan(path, require)
+            if damages and not lenient:
+                return Shard(name, 0, 0, "", {}), damages
+            return save(target, path, found), damages
+    except (OSError, DataError) as error:
+        return Shard(name, 0, 0, "", {}), [Damage(name, "", f"it cannot be read: {error}")]
 
 
 def _twice(target: Path, shards: list[Shard]) -> tuple[list[Shard], list[Damage]]:
@@ -329,7 +360,7 @@ def _twice(target: Path, shards: list[Shard]) -> tuple[list[Shard], list[Damage]
     first: dict[bytes, str] = {}
     once = []
     for shard, hashed in zip(shards, hashes, strict=True):
-        rows = np.flatnonzero(np.isin(hashed, several)) if len(several) else []
+        rows = np.flatnonzero(np.isin(hashed, several))
         if len(rows):
             found, kept = table(place, shard), np.ones(shard.samples, dtype=bool)
             for row in rows:
@@ -406,14 +437,27 @@ def _table(samples: Mapping[str, Mapping[str, tuple[int, int]]]) -> Table:
     return Table(keys, extensions, places[..., 0], places[..., 1])
 
 
-def _manifest(place: Store) -> dict[str, Any] | None:
+def _parsed(place: Store) -> Index | None:
+    """What the manifest says; None if there is none of this version."""
     try:
-        manifest: dict[str, Any] = json.loads(place.read(MANIFEST))
-        return manifest
+        manifest = json.loads(place.read(MANIFEST))
+        if manifest.pop("format", None) != FORMAT:
+            return None
+        manifest.pop("fingerprint")
+        return Index([Shard(**shard) for shard in manifest.pop("shards")], manifest)
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"{place.url(MANIFEST)} is damaged ({error}): delete it, and run dit index anew") from error
+
+
+def has_index(place: str | Path) -> bool:
+    """Whether a folder has an index of this version.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    return _parsed(Store(str(place))) is not None
 
 
 def _check_shards(folder: Path, manifest: str, shards: list[Shard]) -> None:

@@ -5,6 +5,7 @@ import fcntl
 import fnmatch
 import functools
 import hashlib
+import io
 import os
 import random
 import re
@@ -60,7 +61,7 @@ class Store:
         self.remote = bool(self.scheme)
         if self.remote:
             self._filesystem()
-        self._open: OrderedDict[str, int] = OrderedDict()
+        self._open: OrderedDict[tuple[str, str], io.FileIO] = OrderedDict()  # closed when they are forgotten
         self._fetching: dict[str, Future[Path]] = {}
 
     def url(self, name: str) -> str:
@@ -119,37 +120,36 @@ class Store:
             shutil.rmtree(folder, ignore_errors=True)
 
     def open(self, name: str, size: int, sha256: str) -> int:
-        """A file descriptor of a file of known contents, which the store keeps and closes.
+        """A file descriptor of a file of known contents, which belongs to the store.
 
         Raises:
             DataError: if it is not there, cannot be fetched, or is another one.
         """
-        if name in self._open:
-            self._open.move_to_end(name)
-            return self._open[name]
+        if (name, sha256) in self._open:
+            self._open.move_to_end((name, sha256))
+            return self._open[name, sha256].fileno()
         while True:
             path = self._fetched(name, size, sha256) if self.remote else Path(self.url(name))
             try:
-                handle = os.open(path, os.O_RDONLY)
+                file = io.FileIO(path)
                 break
             except FileNotFoundError as error:
                 if not self.remote:  # else another process has just made room
                     raise DataError(f"the shard {path} is missing") from error
             except OSError as error:
                 raise DataError(f"the shard {path} cannot be read: {error}") from error
-        if (found := os.fstat(handle).st_size) != size:
-            os.close(handle)
+        if (found := os.fstat(file.fileno()).st_size) != size:
             raise DataError(
                 f"the shard {path} has {found} bytes instead of {size}: it was changed since it was indexed"
             )
-        self._open[name] = handle
+        self._open[name, sha256] = file
         if len(self._open) > MAX_OPEN:
-            os.close(self._open.popitem(last=False)[1])
-        return handle
+            self._open.popitem(last=False)
+        return file.fileno()
 
     def prefetch(self, name: str, size: int, sha256: str) -> None:
         """Begin to fetch a file that will be opened soon."""
-        if self.remote and name not in self._open and name not in self._fetching:
+        if self.remote and (name, sha256) not in self._open and name not in self._fetching:
             self._fetching[name] = self._pool.submit(self._fetch, name, size, sha256)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -180,6 +180,8 @@ class Store:
                 self._again(lambda: self._download(name, partial, size, sha256), self.url(name))
                 self._make_room(size)
                 partial.replace(path)
+            except FileNotFoundError as error:
+                raise DataError(f"the shard {self.url(name)} is missing") from error
             finally:
                 partial.unlink(missing_ok=True)
         return path
@@ -227,7 +229,7 @@ class Store:
             try:
                 return function()
             except FileNotFoundError:
-                raise
+                raise  # as it is no fault of the moment
             except Exception as error:  # each store raises its own kinds
                 if attempt == ATTEMPTS - 1:
                     raise DataError(f"{url} cannot be fetched, {ATTEMPTS} times tried: {error}") from error

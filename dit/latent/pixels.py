@@ -1,6 +1,5 @@
 """Pixels as they are."""
 
-import torch
 from torch import Tensor
 
 from dit.latent.latent import Latent
@@ -9,9 +8,9 @@ from dit.latent.latent import Latent
 class Pixels(Latent):
     """The identity."""
 
-    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """(B, C, H, W) -> the same."""
-        return images
+    def moments(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, 1, C, H, W)."""
+        return images[:, None]
 
     def decode(self, z: Tensor) -> Tensor:
         """(B, C, H, W) -> the same."""

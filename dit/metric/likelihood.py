@@ -49,8 +49,9 @@ def likelihood(
         be the lesser.
 
     Raises:
-        ValueError: if the network does not see pixels.
+        ValueError: if the model is no denoiser, or does not see pixels.
     """
+    check(subject)
     images = held_out["image"][:num_images]
     for name, value in {"num_steps": num_steps, "num_probes": num_probes, "num_bound_steps": num_bound_steps}.items():
         if value < 1:
@@ -78,6 +79,19 @@ def likelihood(
     figures = {name: torch.cat(values).double() for name, values in bits.items()}
     errors = {f"{name}_error": (values.std() / len(values) ** 0.5).item() for name, values in figures.items()}
     return {name: values.mean().item() for name, values in figures.items()} | errors
+
+
+def check(subject: Subject) -> None:
+    """See that a model is a denoiser.
+
+    Raises:
+        ValueError: if not.
+    """
+    if subject.denoise is None:
+        raise ValueError("metric=likelihood is that of denoisers, and this is an autoencoder: choose metric=psnr")
+
+
+likelihood.check = check  # type: ignore[attr-defined]
 
 
 def log_likelihood(

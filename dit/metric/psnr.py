@@ -15,29 +15,45 @@ def psnr(
     The error is averaged over images before the logarithm.
 
     Args:
-        subject: a model that is told a picture, such as super-resolution.
+        subject: a model that restores images: one that is told a picture of them, such as super-resolution, or an
+            autoencoder.
         train: unused.
         held_out: the images.
         num_images: the first so many.
         seed: unused: samples have that of the evaluation.
 
     Returns:
-        `psnr` of the drawn images, and `psnr_told`, of the picture that the network is told, as far as it is one of
-        their size: for super-resolution the bicubic enlargement. Both in dB.
+        `psnr` of the drawn images, and of networks that see pixels `psnr_told`, of the picture that they are told, as
+        far as it is one of their size: for super-resolution the bicubic enlargement. Both in dB.
 
     Raises:
-        ValueError: if the network is told no picture, or does not see pixels.
+        ValueError: if the model restores nothing.
     """
+    check(subject)
     samples = rows(held_out, slice(num_images))
     images = samples["image"]
+    figures = {"psnr": decibels(subject.draw(samples), images)}
     told = subject.told(samples).get("image")
-    if told is None or subject.shape != tuple(images.shape[1:]):
-        raise ValueError("metric=psnr is for networks that are told a picture, in pixels")
-    before = ((told[:, : images.shape[1]].cpu() + 1) * 127.5).round()
-    return {"psnr": decibels(subject.draw(samples), images), "psnr_told": decibels(before, images)}
+    if told is not None and subject.shape == tuple(images.shape[1:]):
+        before = ((told[:, : images.shape[1]].cpu() + 1) * 127.5).round()
+        figures["psnr_told"] = decibels(before, images)
+    return figures
 
 
-psnr.told = ("image_channels",)  # type: ignore[attr-defined]
+def check(subject: Subject) -> None:
+    """See that a model restores images.
+
+    Raises:
+        ValueError: if not.
+    """
+    if not subject.restores:
+        raise ValueError(
+            "metric=psnr judges autoencoders, and networks that restore the images they are told: choose metric=none, "
+            "or another condition, like condition=superresolution"
+        )
+
+
+psnr.check = check  # type: ignore[attr-defined]
 
 
 def decibels(images: Tensor, reference: Tensor) -> float:

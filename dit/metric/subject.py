@@ -13,12 +13,22 @@ class Subject(NamedTuple):
 
     told: Callable[[Samples], dict[str, Tensor]]  # what the network is told of samples
     draw: Callable[[Samples], Tensor]  # told that, uint8 images (N, C, H, W), sampled as the run is configured
-    denoise: Callable[[Tensor, Tensor, dict[str, Tensor]], Any]  # x_t (B, C, H, W), t (B,) or (), told -> (x0, eps)
-    schedule: Any  # t -> (alpha, sigma)
+    denoise: Any  # x_t (B, C, H, W), t (B,) or (), told -> (x0, eps); None of an autoencoder
+    schedule: Any  # t -> (alpha, sigma); None of an autoencoder
     shape: tuple[int, ...]  # (C, H, W) of what the network sees
+    restores: bool = False  # what is drawn of samples is their images anew
 
 
 def rows(samples: Samples, which: Any) -> dict[str, Any]:
     """Some of the samples, by a slice or numbers (N,)."""
     numbers = which.numpy() if isinstance(which, Tensor) else which  # a tensor of one number would take one element
     return {name: value[numbers] for name, value in samples.items()}
+
+
+def check(metric: Any, subject: Subject) -> None:
+    """See beforehand whether a metric can judge a subject: by its attribute `check`, if it has one.
+
+    Raises:
+        ValueError: if not, with the way out.
+    """
+    getattr(getattr(metric, "func", metric), "check", lambda subject: None)(subject)

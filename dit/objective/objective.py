@@ -1,12 +1,11 @@
 """The interface of a training objective."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from dit.noise.denoiser import Denoiser
 from dit.noise.draw import Draw
 
 
@@ -19,9 +18,20 @@ class Batch(NamedTuple):
 
 
 class Objective(nn.Module, ABC):
-    """A training objective: in one or several phases a step, the network to update and its loss."""
+    """A training objective: in one or several phases a step, the network to update and its loss.
 
-    def check(self, denoiser: Denoiser) -> None:
+    What is trained is a `Denoiser`, or something else with a `network`.
+    """
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        """Those parts of the objective, by name, that have optimizers of their own, such as a discriminator.
+
+        What else the objective learns shares the optimizer of the denoiser, which is the network named `denoiser`.
+        """
+        return {}
+
+    def check(self, denoiser: Any) -> None:
         """Refuse, before anything is trained, a denoiser that cannot be trained so.
 
         Args:
@@ -32,9 +42,9 @@ class Objective(nn.Module, ABC):
         """
 
     @abstractmethod
-    def phases(self, denoiser: Denoiser, batch: Batch, step: int) -> Iterator[tuple[str, Tensor]]:
+    def phases(self, denoiser: Any, batch: Batch, step: int) -> Iterator[tuple[str, Tensor]]:
         """Yield (network, loss), loss (): the trainer takes an optimizer step on that network after each.
 
-        A phase may rely on the step of the phase before it. Each loss is a mean over the batch, so that the mean over
-        micro-batches is the loss of the whole.
+        Gradients that a loss leaves on other networks are dropped. A phase may rely on the step of the phase before it.
+        Each loss is a mean over the batch, so that the mean over micro-batches is the loss of the whole.
         """

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from dit.noise.draw import Draw
 from dit.noise.prediction import Estimate
 from dit.noise.schedule import Schedule
 from dit.sampler.pipeline import Pipeline
+from dit.train.kind import autoencodes
 
 SAME = [("model.in_channels", "latent.channels"), ("model.input_size", "latent.size")]
 
@@ -42,6 +44,10 @@ class Parts:
         self._sampler = build({name: value for name, value in cfg.sampler.items() if name != "num_steps"})
         self._guidance = build(cfg.guidance)
         denoiser = self.denoiser("meta")  # what does not fit fails here, before anything large is made
+        if hasattr(denoiser.network, "encode"):
+            raise ValueError(
+                "model is an autoencoder, which does not denoise: take objective=autoencoding, or another one"
+            )
         self._guidance(denoiser, self.condition.null)
         times = self.grid(self.schedule)
         learned = torch.zeros(1, 1) if getattr(denoiser.network, "learn_sigma", False) else None
@@ -54,7 +60,8 @@ class Parts:
         if cfg.latent.size * stride != cfg.data.image_size:
             size = f"latent.size={cfg.latent.size} is not data.image_size={cfg.data.image_size}"
             raise ValueError(size + (f" over latent.stride={stride}" if stride > 1 else ""))
-        for ours, theirs in SAME if stride > 1 else [*SAME, ("latent.channels", "data.channels")]:
+        sees = "latent.in_channels" if "in_channels" in cfg.latent else "latent.channels"
+        for ours, theirs in [*SAME, (sees, "data.channels")]:
             if (mine := OmegaConf.select(cfg, ours)) != (other := OmegaConf.select(cfg, theirs)):
                 raise ValueError(f"{ours}={mine} differs from {theirs}={other}")
 
@@ -87,6 +94,11 @@ class Parts:
         """The latent space, with its VAE, if any, loaded."""
         latent: Latent = build(self.cfg.latent)
         return latent
+
+    @property
+    def restores(self) -> bool:
+        """Whether the network is told a picture of what it draws."""
+        return "image_channels" in self.condition.sizes
 
     @property
     def grid(self) -> Callable[[Schedule], Tensor]:
@@ -123,11 +135,25 @@ class Parts:
                 estimate = denoiser(x_t.to(device), t.to(device), **cond)
             return type(estimate)(*(None if field is None else field.to(x_t.device) for field in estimate))
 
-        return Subject(told, draw, denoise, self.schedule, latent.shape)
+        return Subject(told, draw, denoise, self.schedule, latent.shape, self.restores)
+
+    def export(self, denoiser: Denoiser, data: Any, folder: Path) -> None:
+        """Write to a run's folder, at its end, what others need of it; nothing."""
 
     def pipeline(self, denoiser: Denoiser, latent: Latent) -> Pipeline:
         """From what is asked for to pictures, with the configured sampler, grid and guidance."""
         return Pipeline(denoiser, self.condition, latent, self._guidance, self._sampler, self.grid)
+
+
+def parts_of(cfg: DictConfig) -> Any:
+    """The parts of what a configuration trains: `Parts`, or `AutoencoderParts`, of which a run asks the same.
+
+    Raises:
+        ValueError: if a value is out of range, or two do not fit together.
+    """
+    from dit.train.autoencoder import AutoencoderParts  # which builds its parts with the help of this file
+
+    return AutoencoderParts(cfg) if autoencodes(cfg) else Parts(cfg)
 
 
 def build(node: Any, **kwargs: Any) -> Any:

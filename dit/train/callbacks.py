@@ -188,7 +188,8 @@ class Checkpoints(Callback):
         pl_module.denoiser.network.load_state_dict(checkpoint.load_weights(path, "model"))
         pl_module.ema.load_state_dict(checkpoint.load_weights(path, "ema"))
         pl_module.objective.load_state_dict(state["objective"])
-        trainer.optimizers[0].load_state_dict(checkpoint.load_state(path, "optimizer"))
+        for name, optimizer in pl_module.named_optimizers.items():
+            optimizer.optimizer.load_state_dict(checkpoint.load_state(path, _file_of(name)))
         pl_module.step = state["step"]
         self.recorder.load_state(state["recorder"])
         return self.recorder.rewind(state["step"])
@@ -201,15 +202,22 @@ class Checkpoints(Callback):
         stop = self.preemption.exit_code is not None
         if stop or step % self.every_steps == 0 or step == self.recorder.max_steps:
             with self.recorder.paused():
-                self._save(trainer, pl_module)
+                self._save(pl_module)
         trainer.should_stop = stop
 
-    def _save(self, trainer: Trainer, module: DiffusionModule) -> None:
+    def _save(self, module: DiffusionModule) -> None:
         state = {
             "step": module.step,
             "recorder": self.recorder.state(),
             "objective": module.objective.state_dict(),
         }
         weights = {"model": module.denoiser.network.state_dict(), "ema": module.ema.state_dict()}
-        states = {"optimizer": trainer.optimizers[0].state_dict(), "run": state}
-        checkpoint.save(self.root, module.step, weights, states, data=self.data, keep=self.keep)
+        optimizers = {
+            _file_of(name): optimizer.optimizer.state_dict() for name, optimizer in module.named_optimizers.items()
+        }
+        checkpoint.save(self.root, module.step, weights, {**optimizers, "run": state}, data=self.data, keep=self.keep)
+
+
+def _file_of(network: str) -> str:
+    """The name of the file with the state of a network's optimizer."""
+    return "optimizer" if network == "denoiser" else f"optimizer-{network}"

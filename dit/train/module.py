@@ -73,10 +73,21 @@ class DiffusionModule(LightningModule):
             torch.manual_seed(self.seed)
             self.denoiser = self._make_denoiser()
 
-    def configure_optimizers(self) -> Optimizer:
-        """The optimizer of the denoiser and of what the objective learns."""
-        parameters = itertools.chain(self.denoiser.parameters(), self.objective.parameters())
-        return self._make_optimizer([p for p in parameters if p.requires_grad])
+    def configure_optimizers(self) -> list[Optimizer]:
+        """An optimizer for the denoiser and what the objective learns with it, and one for each network of its own."""
+        apart = {name: list(network.parameters()) for name, network in self.objective.networks.items()}
+        others = {p for parameters in apart.values() for p in parameters}
+        together = itertools.chain(self.denoiser.parameters(), self.objective.parameters())
+        groups = [[p for p in together if p not in others], *apart.values()]
+        return [self._make_optimizer([p for p in group if p.requires_grad]) for group in groups]
+
+    @property
+    def named_optimizers(self) -> dict[str, Any]:
+        """By the names of their networks, each wrapped by Lightning; its `optimizer` is the one that has the state."""
+        made = self.optimizers()  # one, or a list of several
+        return dict(
+            zip(["denoiser", *self.objective.networks], made if isinstance(made, list) else [made], strict=True)
+        )
 
     def on_fit_start(self) -> None:
         """Begin the average, where the weights now are."""
@@ -85,30 +96,35 @@ class DiffusionModule(LightningModule):
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """All phases of one step.
 
+        Each ends with an optimizer step on its network; whatever gradients there are then are dropped.
+
         Args:
-            batch: `image` (B, C, H, W), uint8, and the fields of the condition, tensors or arrays.
+            batch: `key` (B,), `image` (B, C, H, W), uint8, or `latent` (B, K, c, h, w), its moments, and the fields of
+                the condition, tensors or arrays.
             batch_idx: unused; `step` counts.
 
         Returns:
-            `loss`, the sum over phases of the mean over micro-batches, and `grad_norm` before clipping.
+            `loss`, the sum over phases of the mean over micro-batches, and `grad_norm` of the denoiser before clipping.
         """
-        optimizer = self.optimizers()
-        for group in optimizer.param_groups:  # type: ignore[union-attr]
-            group.setdefault("initial_lr", group["lr"])
-            group["lr"] = group["initial_lr"] * self.learning_rate(self.step)
-        total = grad_norm = torch.zeros((), device=self.device)
+        optimizers = self.named_optimizers
+        for optimizer in optimizers.values():
+            for group in optimizer.param_groups:
+                group.setdefault("initial_lr", group["lr"])
+                group["lr"] = group["initial_lr"] * self.learning_rate(self.step)
+        total = torch.zeros((), device=self.device)
+        grad_norms = {}
         for network, loss in self._backward(list(self._micro_batches(batch))):
-            assert network == "denoiser", f"there is no optimizer for {network}: so far there is one network"
-            grad_norm = torch.nn.utils.clip_grad_norm_(
-                [p for group in optimizer.param_groups for p in group["params"]],  # type: ignore[union-attr]
+            grad_norms[network] = torch.nn.utils.clip_grad_norm_(
+                [p for group in optimizers[network].param_groups for p in group["params"]],
                 float("inf") if self.max_grad_norm is None else self.max_grad_norm,
             )
-            optimizer.step()  # type: ignore[union-attr]
-            optimizer.zero_grad()  # type: ignore[union-attr]
+            optimizers[network].step()
+            for optimizer in optimizers.values():
+                optimizer.zero_grad()
             total = total + loss
         self.step += 1
         self.ema.update(self.step)
-        return {"loss": total, "grad_norm": grad_norm}
+        return {"loss": total, "grad_norm": grad_norms["denoiser"]}
 
     def _backward(self, micro_batches: list[Batch]) -> Iterator[tuple[str, Tensor]]:
         """Yield (network, mean loss) of each phase when its gradient is complete; one graph at a time is alive."""
@@ -127,10 +143,13 @@ class DiffusionModule(LightningModule):
     def _micro_batches(self, batch: Mapping[str, Any]) -> Iterator[Batch]:
         """The parts of a global batch, each of whole lanes."""
         lanes = torch.arange(self.lanes).chunk(self.num_micro_batches)
-        rows = torch.arange(len(batch["image"])).chunk(self.num_micro_batches)
+        rows = torch.arange(len(batch["key"])).chunk(self.num_micro_batches)
         for part, micro in zip(rows, lanes, strict=True):
             draw = Draw(self.seed, self.step, micro.tolist(), len(part), self.device, self.lanes)
             told = {name: value[part[0] : part[-1] + 1] for name, value in batch.items()}
-            z = draw.apply("latent", self.latent.encode, told["image"].float() / 127.5 - 1)
+            if "latent" in told:
+                z = draw.apply("latent", self.latent.draw, told["latent"])
+            else:
+                z = draw.apply("latent", self.latent.encode, told["image"].float() / 127.5 - 1)
             cond = self.condition(self.condition.asked(told, draw), draw, self.latent.encode)
             yield Batch(z, self.condition.augment(cond, draw), draw)

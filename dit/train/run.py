@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -15,10 +16,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from dit.metric.subject import Samples, Subject
-from dit.noise.denoiser import Denoiser
+from dit.metric.subject import Samples, Subject, check
 from dit.train import checkpoint
-from dit.train.build import Parts, build
+from dit.train.build import build, parts_of
 from dit.train.same import differences
 from dit.train.strategy import arrange
 from dit.weights.convert import fitted
@@ -51,21 +51,15 @@ class Run:
     def __init__(self, cfg: DictConfig):
         self.cfg = cfg
         self.data = build(cfg.data)
-        self.parts = Parts(cfg)
+        self.parts = parts_of(cfg)
         self.num_micro_batches = _num_micro_batches(cfg.trainer)
         self.objective = build(cfg.objective)
         denoiser = self.parts.denoiser("meta")
         self.objective.check(denoiser)
         self._arrange(denoiser.network)
         self.tracker = build(cfg.logger)
-        self.data.check()  # before the optimizer, whose making imports torch's compiler, which takes seconds
-        self.parts.condition.check(self.data.first() if self.data.path.exists() else None)
-        told = getattr(getattr(build(cfg.metric), "func", None), "told", ()) if cfg.metric else ()
-        if missing := set(told) - self.parts.condition.sizes.keys():
-            raise ValueError(
-                f"metric={cfg.metric._target_.rpartition('.')[2]} judges networks that are told {missing.pop()}, which "
-                f"{cfg.condition._target_.rpartition('.')[2]} does not give: choose metric=none, or another condition"
-            )
+        self.data.check(cfg.trainer.batch_size, cfg.trainer.lanes)  # before the optimizer, whose making takes seconds
+        self.parts.condition.check(self.data.first() if self.data.there else None)
         if cfg.metric and cfg.data.held_out is None:
             raise ValueError("data.held_out=null, but the metric needs held-out images: give a folder, or metric=none")
         if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
@@ -74,6 +68,8 @@ class Run:
         build(cfg.ema)(denoiser.network)
         self.num_parameters = sum(p.numel() for p in denoiser.network.parameters())
         self.latent = self.parts.latent()
+        if cfg.metric:
+            check(build(cfg.metric), self.parts.subject(denoiser, self.latent, seed=cfg.seed, batch_size=1))
         self.folder = Path(cfg.runs_dir) / cfg.run
         begins = not checkpoint.committed(self.folder / "checkpoints")
         self.init = self._initial(denoiser.network) if cfg.init and begins else None
@@ -113,8 +109,8 @@ class Run:
             channels_last=options.channels_last,
         )
 
-    def _denoiser(self) -> Denoiser:
-        """The denoiser as it begins, ready to be executed."""
+    def _denoiser(self) -> Any:
+        """The denoiser, or what stands for it, as it begins, ready to be executed."""
         denoiser = self.parts.denoiser()
         if self.init:
             denoiser.network.load_state_dict(self.init)
@@ -151,9 +147,9 @@ class Run:
                 f"the run {self.cfg.run} was begun with another configuration ({'; '.join(changed[:6])}): "
                 "name this one run=<another name>, or give the same values to go on"
             )
-        if self.data.path.exists() and checkpoint.data_of(resume_from) != self.data.fingerprint():
+        if self.data.there and checkpoint.data_of(resume_from) != self.data.fingerprint():
             raise ValueError(
-                f"data.path={self.data.path} holds other shards than those run={self.cfg.run} was begun with"
+                f"data.path={self.cfg.data.path} holds other shards than those run={self.cfg.run} was begun with"
             )
         if self.step > self.cfg.trainer.max_steps:
             raise ValueError(
@@ -229,7 +225,7 @@ class Run:
         preview_of = self._preview_of(columns)
         preview = Preview(
             self.folder / "samples",
-            lambda: self._subject(module, trainer).draw(preview_of),
+            lambda: _shown(self._subject(module, trainer), preview_of, columns),
             columns,
             options.preview_every_steps,
             recorder,
@@ -260,30 +256,31 @@ class Run:
                 LambdaCallback(on_train_end=lambda *_: self._finish(module, trainer, recorder, preemption)),
             ],
         )
-        batches = self.data.batches(options.batch_size, cfg.seed, self.step)
+        batches = self.data.batches(options.batch_size, cfg.seed, self.step, lanes=options.lanes)
         with preemption, closing(batches):  # closing ends the data's workers, which leave signals to us
             trainer.fit(module, itertools.islice(batches, options.max_steps - self.step))
         return preemption.exit_code if module.step < options.max_steps else None
 
     def _preview_of(self, columns: int) -> Samples:
         """What previews are told: a class a column, four times, or if there is more, what the first samples are."""
-        if set(self.parts.condition.fields) <= {"label"}:
+        if set(self.parts.condition.fields) <= {"label"} and not self.parts.restores:
             return {"label": torch.arange(columns).repeat(4)}
-        return self.data.read(self.data.held_out or self.data.path, most=40)
+        return self.data.read("held_out" if self.data.held_out else "train", most=4 * columns)
+
+    @contextmanager
+    def _as_sampled(self, module: "DiffusionModule", trainer: "Trainer") -> Iterator[None]:
+        """What was trained as it is used: with the averaged weights, under the precision of training."""
+        module.denoiser.eval()
+        # Compiled units would be compiled anew for each size of a batch.
+        eager = torch.compiler.set_stance("force_eager") if self.cfg.trainer.compile else nullcontext()
+        with trainer.precision_plugin.forward_context(), module.ema.applied(), eager:
+            yield
+        module.denoiser.train()
 
     def _subject(self, module: "DiffusionModule", trainer: "Trainer") -> Subject:
-        """What was trained, as it is sampled: with the averaged weights, under the precision of training."""
-
-        @contextmanager
-        def as_sampled() -> Iterator[None]:
-            module.denoiser.eval()
-            # Compiled units would be compiled anew for each size of a batch.
-            eager = torch.compiler.set_stance("force_eager") if self.cfg.trainer.compile else nullcontext()
-            with trainer.precision_plugin.forward_context(), module.ema.applied(), eager:
-                yield
-            module.denoiser.train()
-
-        options = {"seed": self.cfg.seed, "batch_size": self.cfg.evaluation.batch_size, "within": as_sampled}
+        """What was trained, as metrics judge it."""
+        within = partial(self._as_sampled, module, trainer)
+        options = {"seed": self.cfg.seed, "batch_size": self.cfg.evaluation.batch_size, "within": within}
         return self.parts.subject(module.denoiser, module.latent, **options)
 
     def _finish(
@@ -302,9 +299,11 @@ class Run:
                 "loss": recorder.last.get("loss"),
                 "images_per_second": round(recorder.images_per_second, 1),
             }
+            with self._as_sampled(module, trainer):
+                self.parts.export(module.denoiser, self.data, self.folder)
             if self.cfg.metric:
                 print(f"dit: judging {self.cfg.evaluation.num_images} samples", flush=True)
-                train, held_out = self.data.read(self.data.path), self.data.read(self.data.held_out)
+                train, held_out = self.data.read("train"), self.data.read("held_out")
                 subject = self._subject(module, trainer)
                 summary |= build(self.cfg.metric)(subject, train, held_out, num_images=self.cfg.evaluation.num_images)
             _write(self.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -313,6 +312,15 @@ class Run:
             print(f"dit: stopped and saved at step {module.step}; the same command goes on from there", flush=True)
         if self.tracker:
             self.tracker.finish(summary)
+
+
+def _shown(subject: Subject, samples: Samples, columns: int) -> Tensor:
+    """What is drawn of samples, uint8 (N, C, H, W), each row below one of their images where those are restored."""
+    drawn = subject.draw(samples)
+    if not subject.restores:
+        return drawn
+    rows = zip(samples["image"].split(columns), drawn.split(columns), strict=True)
+    return torch.cat([images for row in rows for images in row])
 
 
 def _num_micro_batches(trainer: DictConfig) -> int:

@@ -16,7 +16,10 @@ FREE = {
     "evaluation",
     "logger",
 }
-FREE |= {"data.path", "data.held_out", "init"}
+FREE |= {
+    f"data.{name}" for name in ("path", "held_out", "images", "index", "cache", "cache_gb", "num_workers", "max_bad")
+}
+FREE |= {"init"}
 FREE |= {"condition.name"}  # of a text encoder, which may move; its width is checked
 FIXED = {f"trainer.{name}" for name in ("batch_size", "micro_batch_size", "lanes", "precision", "max_grad_norm")}
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from dit.noise.denoiser import Denoiser
 from dit.train import checkpoint, saved
 from dit.train.build import Parts
+from dit.train.kind import check_denoiser
 
 
 def newest(folder: Path, step: int | None = None) -> Path:
@@ -46,10 +47,11 @@ def denoiser(run: str, runs_dir: str = "runs", weights: str = "ema", step: int |
     """The denoiser of a run by its name: a weaker guide, a teacher.
 
     Raises:
-        ValueError: if there is no such run or checkpoint.
+        ValueError: if there is no such run or checkpoint, or it is an autoencoder.
     """
     folder = Path(runs_dir) / run
     cfg = saved.config(folder)
+    check_denoiser(cfg)
     # That of the run may name a weaker run in its turn.
     cfg.guidance = {"_target_": "dit.sampler.guidance.ClassifierFree", "_partial_": True}
     return load(Parts(cfg), newest(folder, step), weights)

@@ -1,0 +1,100 @@
+"""The interface of a set of training data."""
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+from dit.data.sample import Augmentation, BadSample, Decoder, collate
+
+
+class Source(ABC):
+    """Images and their fields, as endless batches for training, and as they are for evaluation.
+
+    Args:
+        decoder: from files to samples.
+        paths: the folders of the training shards.
+        held_out: the folder of shards that are kept from training; None: there are none.
+        pack: makes the first and the last of these where they are missing.
+    """
+
+    def __init__(
+        self, decoder: Decoder, paths: list[str], held_out: str | None, pack: Callable[[Path, Path], None] | None
+    ):
+        self.decoder = decoder
+        self.paths = paths
+        self.held_out = held_out
+        self.about: dict[str, Any] = {}  # of encoded shards, by what they were encoded
+        self._pack = pack
+
+    @property
+    def there(self) -> bool:
+        """Whether the shards are there; otherwise `prepare` packs them."""
+        return not self._pack or all(Path(folder).exists() for folder in (*self.paths, self.held_out) if folder)
+
+    def prepare(self) -> None:
+        """Pack the shards where they are missing and can be packed."""
+        if self._pack and self.held_out and not self.there:
+            self._pack(Path(self.paths[0]), Path(self.held_out))
+
+    @abstractmethod
+    def check(self, batch_size: int = 1, lanes: int = 1, world_size: int = 1) -> None:
+        """Check the shards; where they can be packed and are not there yet, nothing is done.
+
+        Args:
+            batch_size: of the global batch.
+            lanes: among which a global batch is divided.
+            world_size: number of devices.
+
+        Raises:
+            ValueError: if a folder, a shard or a file of a sample is missing or damaged, or they cannot be shared out.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """What tells these training samples from others."""
+
+    @abstractmethod
+    def batches(
+        self, batch_size: int, seed: int, first_step: int = 0, *, lanes: int = 1, rank: int = 0, world_size: int = 1
+    ) -> Generator[dict[str, Any], None, None]:
+        """Endless batches from the given step on; closing the generator ends its workers.
+
+        Args:
+            batch_size: of the global batch.
+            seed: of the order, crops and flips.
+            first_step: how many batches come before.
+            lanes: among which a global batch is divided.
+            rank: of the device; it gets the lanes rank * lanes / world_size and so on, one behind the other.
+            world_size: number of devices.
+
+        Yields:
+            `image`, uint8 (B, C, H, W), or `latent`, (B, K, c, h, w), and `key`, an array of B names, and the fields:
+            `label`, int64 (B,), the others arrays of B strings or arrays.
+        """
+
+    @abstractmethod
+    def _files(self, split: str) -> Iterator[tuple[str, str, dict[str, bytes]]]:
+        """All samples of a split in order: as messages name it, the key, the files (images, not latents)."""
+
+    @abstractmethod
+    def first(self) -> dict[str, Any]:
+        """The first training sample that can be used, as a batch of one.
+
+        Raises:
+            ValueError: if there is none among the first so many.
+        """
+
+    def read(self, split: str, most: int | None = None) -> dict[str, Any]:
+        """All images of `train` or `held_out`, or the first so many, in order, as one batch; bad ones are left out."""
+        decode, samples, bad = self.decoder.of_images(), list[dict[str, Any]](), 0
+        for where, key, files in itertools.islice(self._files(split), most):
+            try:
+                samples.append(decode(key, files, Augmentation()))
+            except BadSample as error:
+                bad += 1
+                print(f"dit: WARNING: {where}: {error}; left out, {bad} so far", flush=True)
+        if not samples:
+            raise ValueError(f"there is no sample that can be read among the {split} shards")
+        return collate(samples)

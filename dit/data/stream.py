@@ -1,0 +1,275 @@
+"""Indexed tar shards as endless batches whose order is a pure function, and that go on at any step."""
+
+import signal
+from collections.abc import Callable, Generator, Iterator, Sequence
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from dit.data import index
+from dit.data.order import WINDOW, Order, Resampled, Shuffled, share, uniform
+from dit.data.sample import FLIPPED, Augmentation, BadSample, Decoder, collate
+from dit.data.shards import Shards, Wanted
+from dit.data.source import Source
+from dit.data.store import DataError, Store
+
+CROPS = ("centre", "random")
+ORDERS = ("shuffled", "resampled")
+MAX_IN_A_ROW = 100  # bad samples
+LISTED = 20
+AUGMENTATION = 4  # the purpose of random numbers, other than those of the order
+
+
+class Stream(Source):
+    """Shards of images (`.png`, `.jpg`, `.jpeg`, `.webp`) and other files of the same name, the fields of a sample.
+
+    The fields are `label` (`.cls`, a class in ASCII), `caption` (`.txt`), and embeddings of a text, `text`
+    (`.text.npy`, (L, W)) and `pooled` (`.pooled.npy`, (W,)). Encoded shards have `.latent.npy` in place of images.
+
+    The samples of a step, their order, crops and flips follow from (seed, step, lane) alone (`order.py`): they are the
+    same with any number of workers and devices, and going on at a step is arithmetic and a seek. A sample that cannot
+    be used is replaced by the one after it in its window, named and counted; too many end the run.
+
+    Args:
+        path: the folder of the training shards, a path or a URL (s3, gs, https, hf), or several.
+        image_size: height and width in pixels; other images are cropped and scaled to it.
+        channels: 1 (grey) or 3 (RGB).
+        num_classes: classes are 0..num_classes - 1.
+        fields: what is read beside the image.
+        held_out: a folder of shards that are kept from training, for evaluation.
+        pack: makes both folders where they are missing.
+        encoded: the training shards hold what a VAE has made of the images, by `dit encode`.
+        images: the folder of the training images, for evaluation, where the training shards are encoded.
+        crop: `centre`, or `random`, the square that is cut from an image.
+        flip: mirror half of the samples.
+        order: `shuffled`, every epoch each sample once, or `resampled`, with replacement.
+        weights: of several folders that are resampled; None: each as much as it has samples.
+        window: shards among which a lane shuffles its samples.
+        index: the folder of the index, or several, if it does not lie beside the shards.
+        cache: where shards of a URL are kept; None: ~/.cache/dit.
+        cache_gb: how much of them, in 10^9 bytes.
+        max_bad: the share of the samples that may be bad; more of them, or 100 in a row, end the run.
+        num_workers: processes that read and decode; 0 for none beside the training process.
+
+    Raises:
+        ValueError: if a value is out of range, or two do not fit together.
+        ImportError: if what a URL needs is missing.
+    """
+
+    def __init__(
+        self,
+        path: str | Sequence[str],
+        image_size: int,
+        channels: int,
+        num_classes: int,
+        fields: Sequence[str] = ("label",),
+        held_out: str | None = None,
+        pack: Callable[[Path, Path], None] | None = None,
+        encoded: bool = False,
+        images: str | None = None,
+        crop: str = "centre",
+        flip: bool = False,
+        order: str = "shuffled",
+        weights: Sequence[float] | None = None,
+        window: int = WINDOW,
+        index: str | Sequence[str] | None = None,
+        cache: str | None = None,
+        cache_gb: float = 50.0,
+        max_bad: float = 0.001,
+        num_workers: int = 0,
+    ):
+        paths = [path] if isinstance(path, str) else list(path)
+        super().__init__(Decoder(image_size, channels, num_classes, fields, encoded), paths, held_out, pack)
+        for name, value, choices in [("crop", crop, CROPS), ("order", order, ORDERS)]:
+            if value not in choices:
+                raise ValueError(f"data.{name}={value}: choose one of {', '.join(choices)}")
+        if weights and (order != "resampled" or len(weights) != len(paths)):
+            raise ValueError(
+                f"data.weights={list(weights)} goes with data.order=resampled and one number for each folder of "
+                f"data.path={paths}"
+            )
+        if encoded and crop == "random":
+            raise ValueError("data.crop=random, but encoded shards are cropped already: take data.crop=centre")
+        for name, number, least in [("window", window, 1), ("num_workers", num_workers, 0), ("max_bad", max_bad, 0)]:
+            if number < least:
+                raise ValueError(f"data.{name}={number} must be at least {least}")
+        self.images = images
+        self.random_crop = crop == "random"
+        self.flip = flip
+        self.order = order
+        self.weights = weights
+        self.window = window
+        self.num_workers = num_workers
+        self.max_bad = max_bad
+        indices = [index] if isinstance(index, str) else list(index) if index else None
+        self.shards = Shards(paths, indices, cache, int(cache_gb * 1e9))
+
+    def check(self, batch_size: int = 1, lanes: int = 1, world_size: int = 1) -> None:
+        """Check the shards against their index, and that every sample has all that is read of it."""
+        if not self.there:
+            return
+        share(lanes, 0, world_size)
+        self.ordered(batch_size, 0, lanes)
+        again = "; of an older version, delete the folder and it is packed again" if self._pack else ""
+        abouts = [{k: v for k, v in found.about.items() if k in ("latent", "text")} for found in self.shards.indices]
+        if any(about != abouts[0] for about in abouts):
+            raise ValueError(f"the shards of data.path={self.paths} were encoded differently: {abouts}")
+        self.about = abouts[0]
+        if self.decoder.encoded and "latent" not in self.about:
+            raise ValueError(f"data.path={self.paths[0]} holds images, not latents: take data.encoded=false")
+        if "latent" in self.about and not self.decoder.encoded:
+            raise ValueError(f"data.path={self.paths[0]} holds latents: take data=latents, or the folder of the images")
+        for place, found in zip(self.shards.places, self.shards.indices, strict=True):
+            for flip in {False, self.flip and self.decoder.encoded}:
+                check_files(place, found.shards, self.decoder.files(flip), again)
+        if self.held_out:
+            found = index.read(self.held_out)
+            check_files(Store(self.held_out), found.shards, self.decoder.of_images().files(), again)
+
+    def fingerprint(self) -> str:
+        """What tells these training samples from others."""
+        return "+".join(found.fingerprint for found in self.shards.indices)
+
+    def first(self) -> dict[str, Any]:
+        """The first training sample that can be used, as a batch of one."""
+        wanted = self.decoder.files()
+        for sample in range(min(MAX_IN_A_ROW, self.shards.all[0].samples)):
+            try:
+                files = self.shards.files(0, sample, wanted)
+                return collate([self.decoder(self.shards.key(0, sample), files, Augmentation())])
+            except BadSample as error:
+                reason = f"{self.shards.where(0, sample)}: {error}"
+        raise ValueError(f"none of the first samples can be used, the last being {reason}")
+
+    def batches(
+        self, batch_size: int, seed: int, first_step: int = 0, *, lanes: int = 1, rank: int = 0, world_size: int = 1
+    ) -> Generator[dict[str, Any], None, None]:
+        """Endless batches from the given step on, see `Source.batches`."""
+        own = share(lanes, rank, world_size)
+        self.shards.keep = 2 * len(own) * (self.window + 1)
+        loader = DataLoader(
+            _Steps(self, self.ordered(batch_size, seed, lanes), own),
+            batch_size=None,
+            sampler=count(first_step),
+            num_workers=self.num_workers,
+            prefetch_factor=2 if self.num_workers else None,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=leave_signals_to_the_parent,
+        )
+        return self._watched(iter(loader))
+
+    def ordered(self, batch_size: int, seed: int, lanes: int) -> Order:
+        """Which sample when."""
+        counts = [shard.samples for shard in self.shards.all]
+        options: dict[str, Any] = {"seed": seed, "lanes": lanes, "batch_size": batch_size, "window": self.window}
+        if self.order == "shuffled":
+            return Shuffled(counts, **options)
+        weights = self.weights or np.bincount(self.shards.sources, counts).tolist()
+        return Resampled(counts, self.shards.sources, weights, **options)
+
+    def _watched(self, batches: Iterator[dict[str, Any]]) -> Generator[dict[str, Any], None, None]:
+        """Batches, whose bad samples are named and counted.
+
+        Raises:
+            DataError: with a list of them, if there are too many.
+        """
+        total, bad = self.shards.total, dict[str, str]()
+        for batch in batches:
+            in_a_row = batch.pop("in_a_row")
+            for where, reason in batch.pop("bad"):
+                if where not in bad:
+                    bad[where] = reason
+                    print(f"dit: WARNING: {where}: {reason}; replaced by the next, {len(bad)} so far", flush=True)
+            if len(bad) > self.max_bad * total or in_a_row >= MAX_IN_A_ROW:
+                listed = "".join(f"\n  {where}: {reason}" for where, reason in list(bad.items())[:LISTED])
+                more = f"\n  and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
+                raise DataError(
+                    f"too many samples cannot be used, {len(bad)} of {total:,} so far (data.max_bad={self.max_bad}, or "
+                    f"{MAX_IN_A_ROW} in a row): mend them, leave them out with dit pack, or raise data.max_bad"
+                    f"{listed}{more}"
+                )
+            yield batch
+
+    def _files(self, split: str) -> Iterator[tuple[str, str, dict[str, bytes]]]:
+        """The shard, the key and the files of all samples of a split."""
+        shards = self.shards
+        if split == "held_out" or self.decoder.encoded:
+            folder = self.held_out if split == "held_out" else self.images
+            if folder is None:
+                key = "held_out" if split == "held_out" else "images"
+                raise ValueError(f"data.{key}=null: give the folder of these images, which evaluation needs")
+            shards = Shards([folder])
+        wanted = self.decoder.of_images().files()
+        for number, shard in enumerate(shards.all):
+            for sample in range(shard.samples):
+                yield shards.where(number, sample), shards.key(number, sample), shards.files(number, sample, wanted)
+
+
+def check_files(place: Store, shards: Sequence[index.Shard], wanted: Wanted, again: str) -> None:
+    """See whether every sample has all files that are wanted of it.
+
+    Raises:
+        ValueError: naming the first sample that has not, with the way out.
+    """
+    for name, extensions in wanted.items():
+        way_out = f": give data.fields without {name}, or leave such samples out by dit index lenient=true{again}"
+        if extensions == (FLIPPED,):
+            way_out = ": encode again with flip=true, or take data.flip=false"
+        elif name in ("image", "latent"):
+            way_out = ": leave such samples out by dit index lenient=true"
+        index.check_files(place, shards, extensions, name, way_out)
+
+
+class _Steps(Dataset):
+    """A device's share of the batch of any step."""
+
+    def __init__(self, stream: Stream, order: Order, lanes: range):
+        self.stream, self.order, self.lanes = stream, order, lanes
+        self.remote = any(store.remote for store in stream.shards.stores)
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        """Batch, with `bad`, what was replaced and why, and `in_a_row`, the longest row of such samples."""
+        samples: list[dict[str, Any]] = []
+        bad: list[tuple[str, str]] = []
+        longest = in_a_row = 0
+        for lane in self.lanes:
+            if self.remote:
+                for shard in self.order.coming(step, lane):
+                    self.stream.shards.prefetch(shard)
+            chance = uniform([AUGMENTATION, self.order.seed, step, lane], self.order.rows, 3)
+            for row, place in enumerate(zip(*(part.tolist() for part in self.order.at(step, lane)), strict=True)):
+                before = len(bad)
+                samples.append(self._sample(step, lane, row, place, chance[row].tolist(), bad))
+                in_a_row = in_a_row + 1 if len(bad) > before else 0
+                longest = max(longest, in_a_row, len(bad) - before)
+        return {**collate(samples), "bad": bad, "in_a_row": longest}
+
+    def _sample(
+        self, step: int, lane: int, row: int, place: tuple[int, int], chance: list[float], bad: list[tuple[str, str]]
+    ) -> dict[str, Any]:
+        """The sample at a place, or the first after it that can be used."""
+        stream = self.stream
+        flip = stream.flip and chance[0] < 0.5
+        middle = (0.5, 0.5)
+        augmentation = Augmentation((chance[1], chance[2]) if stream.random_crop else middle, flip)
+        wanted = stream.decoder.files(flip)
+        for tried, (shard, sample) in enumerate(chain([place], self.order.instead(step, lane, row))):
+            files = stream.shards.files(shard, sample, wanted)
+            try:
+                return stream.decoder(stream.shards.key(shard, sample), files, augmentation)
+            except BadSample as error:
+                bad.append((stream.shards.where(shard, sample), str(error)))
+            if tried + 1 >= MAX_IN_A_ROW:
+                break
+        listed = "".join(f"\n  {where}: {reason}" for where, reason in bad[-LISTED:])
+        raise DataError(f"{tried + 1} samples in a row cannot be used:{listed}")
+
+
+def leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C and a scheduler's signals reach every process, but only the parent decides when to stop."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
