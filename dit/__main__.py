@@ -4,13 +4,13 @@ import importlib
 import sys
 
 VERBS = {
+    "pack": "write images into shards:    dit pack source=imagenet/train out=data/imagenet size=256",
     "index": "check and index shards:      dit index path=shards",
     "train": "train a model:               dit train experiment=digits",
     "sample": "draw images with a run:      dit sample run=digits labels=[0,1,2,3] guidance.scale=2",
     "evaluate": "judge a run:                 dit evaluate run=digits metric=likelihood",
     "schedule": "draw a noise schedule:       dit schedule experiment=digits noise=cosine out=schedule.png",
     "doctor": "count what a recipe costs:   dit doctor model=dit_xl_2 data.image_size=512",
-    "pack": "write images into shards:    dit pack source=imagenet/train out=data/imagenet size=256",
 }
 
 HELP = """dit trains diffusion transformers.
