@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_conf import dit
 
 from dit.data import index
+from dit.data.image import decode
 from dit.data.input import NOTES
 from dit.data.pack import pack
 from dit.data.store import DataError, Store
@@ -129,6 +131,16 @@ def test_images_are_cropped_and_written_anew_if_asked(tmp_path):
     assert not problems and anew["b.jpg"]["jpg"] == kept["b.jpg"]["jpg"]
     assert all(Image.open(io.BytesIO(files["jpg"])).format == "JPEG" for files in anew.values())
     assert Image.open(io.BytesIO(packed(size=8, format="webp")[0]["a.png"]["webp"])).size == (8, 8)
+
+
+def test_what_is_packed_is_what_the_reader_sees(tmp_path):
+    source = write(tmp_path / "in", {"a.png": image(1, size=(40, 30)), "b.jpg": image(2, "JPEG", (31, 70))})
+    write(source, {"c.webp": image(3, "WEBP", (16, 50)), "d.png": image(4, mode="L"), "e.png": image(5, mode="P")})
+    pack(source, tmp_path / "untouched", num_workers=1)
+    pack(source, tmp_path / "cropped", size=16, num_workers=1)
+    untouched, cropped = by_source(tmp_path / "untouched"), by_source(tmp_path / "cropped")
+    for name, files in untouched.items():
+        assert torch.equal(decode(files[name.split(".")[1]], 16, 3), decode(cropped[name]["png"], 16, 3))
 
 
 CAPTIONS = {

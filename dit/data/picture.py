@@ -44,7 +44,7 @@ def opened(data: bytes, formats: tuple[str, ...] = FORMATS) -> Iterator[Image.Im
         yield file
 
 
-def crop(image: Image.Image, size: int, place: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
+def centre_crop(image: Image.Image, size: int, place: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
     """A square of an image at the wanted size, as ADM prepares ImageNet (arXiv:2105.05233): the one in the centre.
 
     Halved by averaging while the short side is at least twice the size, then bicubic; an image of the right size is

@@ -94,7 +94,7 @@ def _image(data: bytes, form: Form) -> tuple[str, bytes, tuple[int, int]]:
         raise Unusable("unsupported", f"{image.format}: write it anew with format=png")
     image = image.convert("L" if image.mode in ("1", "L") else "RGB")
     if form.size:
-        image = picture.crop(image, form.size)
+        image = picture.centre_crop(image, form.size)
     file, extension = io.BytesIO(), form.format or "png"
     image.save(file, {"jpg": "JPEG"}.get(extension, extension), quality=form.quality)
     return extension, file.getvalue(), size
