@@ -4,6 +4,7 @@ import importlib
 import sys
 
 VERBS = {
+    "pack": "write images into shards:    dit pack source=imagenet/train out=data/imagenet size=256",
     "index": "check and index shards:      dit index path=shards",
     "encode": "shards of latents:           dit encode data.path=shards latent=sd_vae out=latents",
     "train": "train a model:               dit train experiment=digits",
@@ -24,7 +25,7 @@ HELP = """dit trains diffusion transformers.
   dit VERB -m key=a,b    one run for each combination
   dit --version
 
-Exit codes: 0 done, 2 a mistake in the configuration or input, 3 data that broke while training, 4 no intact checkpoint,
+Exit codes: 0 done, 2 a mistake in the configuration or input, 3 data that is broken, 4 no intact checkpoint,
 75 stopped by SIGTERM with a checkpoint (start again to go on), 130 stopped by Ctrl-C with a checkpoint.
 """
 

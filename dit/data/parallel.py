@@ -1,11 +1,17 @@
 """Work on many shards at once, with a line that says how far it is."""
 
+import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context, parent_process
 from typing import TypeVar
+
+from dit.data.store import DataError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -39,8 +45,23 @@ def _results(function: Callable[[Item], Result], items: Sequence[Item], num_work
         yield from map(function, items)
         return
     # A process that has threads, such as torch's, must not be forked.
-    pool = ProcessPoolExecutor(min(num_workers, len(items)), mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(min(num_workers, len(items)), mp_context=get_context("spawn"), initializer=_follow)
     try:
         yield from pool.map(function, items)
+    except BrokenProcessPool as error:
+        raise DataError("a worker has died, perhaps for lack of memory: give fewer num_workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _follow() -> None:
+    """Let a worker end with its parent, even one that is killed, and without a word on Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

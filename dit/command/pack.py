@@ -1,0 +1,39 @@
+"""dit pack: images, with their classes and captions, into shards with an index."""
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from dit.command.compose import check_choices, check_least, user_errors
+
+VERBATIM = ("source", "out", "captions", "held_out", "columns.image", "columns.caption", "columns.label")
+
+
+def check(cfg: DictConfig) -> None:
+    """What can be said of a configuration without looking at the source.
+
+    Raises:
+        ConfigError: naming the value and the way out.
+    """
+    check_least(cfg, {"seed": 0, "num_held_out": 0, "max_broken": 0}, ["size", "quality", "shard_bytes", "num_workers"])
+    check_choices(cfg, {"format": (None, "png", "jpg", "webp"), "classes": ("auto", True, False)})
+
+
+def tell_apart(cfg: DictConfig, suffix: str) -> None:
+    """Give a job of a multirun a folder of its own."""
+    if "out=" not in suffix:
+        cfg.out = f"{cfg.out}-{suffix}"
+
+
+def main(cfg: DictConfig) -> int:
+    """Pack, and say what was packed and left out; the exit code."""
+    from dit.data.pack import pack
+
+    options: Any = OmegaConf.to_container(cfg, resolve=True)
+    try:
+        with user_errors():
+            pack(**options)
+    except KeyboardInterrupt:
+        print("dit: stopped; the same command goes on")
+        return 130
+    return 0
