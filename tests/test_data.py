@@ -9,7 +9,8 @@ from PIL import Image
 from shard_files import DIGITS, png, tar, write
 
 from dit.data.digits import pack
-from dit.data.image import centre_crop, decode, grid
+from dit.data.image import decode, grid
+from dit.data.picture import centre_crop
 from dit.data.stream import Stream
 from dit.data.webdataset import DataError, WebDataset
 

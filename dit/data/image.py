@@ -2,49 +2,14 @@
 
 import io
 import math
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-FORMATS = ("PNG", "JPEG", "WEBP")
-MAX_BYTES = 2**26  # of a file
-MAX_PIXELS = 2**26  # that are decoded
-MAX_ASPECT = 50  # long side over short side: the crop first brings the short side to size
-MAX_PIXELS_PER_BYTE = 2000  # of images above a megapixel; a white page has a few hundred
-
-
-@contextmanager
-def opened(data: bytes) -> Iterator[Image.Image]:
-    """An image file, whose header alone was read.
-
-    Raises:
-        ValueError: if it is none of PNG, JPEG and WebP, holds several pictures, or would be too large when decoded.
-    """
-    if len(data) > MAX_BYTES:
-        raise ValueError(f"an image file of {len(data):,} bytes; at most {MAX_BYTES:,} are read")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # there are limits of our own
-        try:
-            file = Image.open(io.BytesIO(data), formats=FORMATS)
-        except Exception as error:  # Pillow raises many kinds
-            raise ValueError(f"no image that can be read ({type(error).__name__}); PNG, JPEG and WebP are") from error
-    with file:
-        width, height = file.size
-        pixels, kind = width * height, f"an image of {width:,} x {height:,} pixels"
-        if pixels > MAX_PIXELS:
-            raise ValueError(f"{kind}; at most {MAX_PIXELS:,} are decoded")
-        if max(width, height) > MAX_ASPECT * min(width, height):
-            raise ValueError(f"{kind}; one side may be at most {MAX_ASPECT} times the other")
-        if pixels > max(10**6, MAX_PIXELS_PER_BYTE * len(data)):
-            raise ValueError(f"{kind} in {len(data):,} bytes, which is suspiciously little")
-        if getattr(file, "is_animated", False):
-            raise ValueError(f"{kind} that move")
-        yield file
+from dit.data.picture import centre_crop, opened
 
 
 def decode(
@@ -89,22 +54,6 @@ def outpainted(data: bytes, size: int, channels: int, margins: Sequence[int]) ->
     pixels[:, top : top + height, left : left + width] = inside
     mask[top : top + height, left : left + width] = False
     return pixels, mask
-
-
-def centre_crop(image: Image.Image, size: int, place: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
-    """A square of an image at the wanted size, as ADM prepares ImageNet (arXiv:2105.05233): the one in the centre.
-
-    Halved by averaging while the short side is at least twice the size, then bicubic; an image of the right size is
-    left untouched.
-    """
-    if image.size == (size, size):
-        return image
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = int((image.width - size) * place[0]), int((image.height - size) * place[1])
-    return image.crop((left, top, left + size, top + size))
 
 
 def encode_png(pixels: Tensor) -> bytes:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from dit.data import picture
+from dit.data.caption import caption
 
 EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}  # of what may stay as it is
 READ = (*picture.FORMATS, "GIF", "BMP", "TIFF")  # the others can be written anew
-MAX_CAPTION_BYTES = 2**14
 
 
 class Form(NamedTuple):
@@ -66,14 +66,10 @@ def prepared(image: bytes, others: Mapping[str, bytes], source: str, form: Form)
 def _check_caption(data: bytes) -> None:
     if not data.strip():
         raise Unusable("no caption", "it is empty")
-    if len(data) > MAX_CAPTION_BYTES:
-        raise Unusable("bad caption", f"{len(data):,} bytes; at most {MAX_CAPTION_BYTES:,}")
     try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
+        caption(data)
+    except ValueError as error:
         raise Unusable("bad caption", str(error)) from error
-    if any((ord(character) < 32 and character not in "\n\r\t") or ord(character) == 127 for character in text):
-        raise Unusable("bad caption", "it has control characters")
 
 
 def _image(data: bytes, form: Form) -> tuple[str, bytes, tuple[int, int]]:

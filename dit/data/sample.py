@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from dit.data.caption import caption
 from dit.data.image import decode
 from dit.data.store import DataError
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
-MAX_CAPTION_BYTES = 2**14
 MAX_ARRAY_BYTES = 2**28
 
 
@@ -31,20 +31,6 @@ def label(data: bytes) -> int:
     if len(data) > 20:
         raise ValueError(f"a class of {len(data)} bytes")
     return int(data)
-
-
-def caption(data: bytes) -> str:
-    """A text, in UTF-8, of one or several lines.
-
-    Raises:
-        ValueError: if it is too long or holds what is no text.
-    """
-    if len(data) > MAX_CAPTION_BYTES:
-        raise ValueError(f"a caption of {len(data):,} bytes; at most {MAX_CAPTION_BYTES:,} are read")
-    text = data.decode().strip()
-    if any((ord(character) < 32 and character not in "\n\r\t") or ord(character) == 127 for character in text):
-        raise ValueError("a caption with control characters")
-    return text
 
 
 def array(data: bytes, dimensions: int) -> np.ndarray:
