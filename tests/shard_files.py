@@ -6,7 +6,7 @@ import tarfile
 import torch
 
 from dit.data.image import encode_png
-from dit.data.pack import write_shards
+from dit.data.writer import write_shards
 
 DIGITS = {"image_size": 8, "channels": 1, "num_classes": 10}
 

@@ -17,7 +17,7 @@ from dit.condition.superresolution import SuperResolution
 from dit.condition.text import Text
 from dit.condition.unconditional import Unconditional
 from dit.data.image import encode_png
-from dit.data.pack import write_shards
+from dit.data.writer import write_shards
 from dit.noise.denoiser import Denoiser
 from dit.noise.draw import Draw
 from dit.sampler.pipeline import Pipeline

@@ -15,10 +15,10 @@ from dit.command import encode
 from dit.command.compose import ConfigError, compose
 from dit.data import index
 from dit.data.image import encode_png
-from dit.data.pack import write_shards
 from dit.data.shards import Shards
 from dit.data.store import DataError
 from dit.data.stream import Stream
+from dit.data.writer import write_shards
 from dit.latent.autoencoder import Autoencoder
 from dit.train.encoding import Encoding
 from dit.train.run import Run
@@ -226,6 +226,7 @@ def test_images_may_be_kept_beside(config, shards, vae, tmp_path):
     (["data.path=/nowhere"], "/nowhere does not exist"),
     (["latent.name=/nowhere"], r"latent\.name=/nowhere"),
     (["data=webdataset"], "take data=shards"),
+    (["condition=inpainting"], "only captions are encoded"),
     (["accelerator=tpu"], "accelerator=tpu"),
 ])  # fmt: skip
 def test_what_cannot_be_encoded_is_refused(shards, vae, tmp_path, overrides, message):

@@ -6,9 +6,9 @@ import pytest
 from shard_files import png, sample, tar, write
 
 from dit.data import index
-from dit.data.pack import write_shard
 from dit.data.shards import Shards
 from dit.data.store import Store
+from dit.data.writer import write_shard
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ from shard_files import DIGITS, png, sample, tar, write
 
 from dit.data import index, store
 from dit.data.image import encode_png
-from dit.data.pack import write_shards
 from dit.data.store import DataError, Store
 from dit.data.stream import Stream
+from dit.data.writer import write_shards
 
 BATCH, LANES = 16, 8
 STEPS, KILLED_AFTER = 30, (5, 11, 23)
@@ -334,8 +334,13 @@ def test_the_cache_is_bounded_and_checks_what_comes(server, shards, tmp_path, mo
     assert sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) <= 3 * found[0].bytes
     with pytest.raises(DataError, match=r"000003\.tar cannot be fetched, 6 times tried: what came is not the shard"):
         cached.open("000003.tar", found[3].bytes, "0" * 64)
-    with pytest.raises((DataError, FileNotFoundError), match=r"nothing\.tar"):
+    with pytest.raises(DataError, match=r"nothing\.tar is missing"):
         cached.open("nothing.tar", 5, "0" * 64)
+
+
+def test_a_cache_that_is_too_small_is_refused(server):
+    with pytest.raises(ValueError, match=r"data\.cache_gb=0\.0001 is too little for 8 lanes"):
+        stream(server[0], cache_gb=0.0001).check(BATCH, LANES)
 
 
 def test_urls_are_indexed_into_a_folder(server, shards, tmp_path, monkeypatch, undisturbed):

@@ -18,9 +18,9 @@ from PIL import Image
 from dit.data import index
 from dit.data.image import decode
 from dit.data.order import Shuffled
-from dit.data.pack import write_shards
 from dit.data.shards import Shards
 from dit.data.stream import Stream
+from dit.data.writer import write_shards
 
 WANTED = {"image": ("jpg",), "label": ("cls",)}
 LANES, BATCH = 8, 256

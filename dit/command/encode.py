@@ -93,12 +93,16 @@ def _encoding(cfg: DictConfig, device: str) -> "Encoding":
     Raises:
         ValueError: if something does not fit together.
     """
+    from dit.condition.label import Label
     from dit.condition.text import Text
+    from dit.condition.unconditional import Unconditional
     from dit.data.stream import Stream
     from dit.train.build import build
     from dit.train.encoding import Encoding
 
     condition = build(cfg.condition)
+    if not isinstance(condition, Text | Label | Unconditional):
+        raise ValueError("of conditions only captions are encoded: take condition=text, or condition=none")
     text = condition.encoder if isinstance(condition, Text) else None
     data = build(cfg.data, fields=["caption"] if text else [])
     if not isinstance(data, Stream):

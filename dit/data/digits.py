@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from dit.data.image import encode_png
-from dit.data.pack import write_shards
+from dit.data.writer import write_shards
 
 
 def pack(path: Path, held_out: Path, samples_per_shard: int = 160) -> None:

@@ -1,19 +1,15 @@
-"""Write samples into WebDataset tar shards, and pack what stands elsewhere into them."""
+"""Pack what stands elsewhere into shards."""
 
 import contextlib
 import fcntl
 import functools
 import hashlib
-import io
 import itertools
 import json
 import math
 import os
-import shutil
-import tarfile
-import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,50 +19,11 @@ from dit.data.parallel import each
 from dit.data.picture import MAX_BYTES
 from dit.data.preparation import Form, Unusable, prepared
 from dit.data.store import DataError, Store
+from dit.data.writer import write_shard
 
 PLAN, REPORT, CLASSES = "plan.json", "report.jsonl", "classes.json"
 BYTES_A_PIXEL = {"png": 2.0, "jpg": 0.5, "webp": 0.3}  # about, of images of another size
 MEMBER_BYTES = 4096  # about, of what stands beside an image
-
-
-def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> index.Shard:
-    """Write samples, (key, files by their extension), as one tar with its table; it appears whole or not.
-
-    The same samples give the same bytes.
-    """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as tar:
-        for key, files in samples:
-            for extension, data in files.items():
-                member = tarfile.TarInfo(f"{key}.{extension}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    found, damages = index.scan(partial)
-    assert not damages, damages
-    partial.replace(path)
-    return index.save(path.parent, path, found)
-
-
-def write_shards(folder: Path, samples: Iterable[Mapping[str, bytes]], samples_per_shard: int) -> None:
-    """Write samples as `000000.tar`, ... with an index; the folder appears whole or not.
-
-    Member names are `<number>.<extension>`, such as `png`, `cls` (a class in ASCII) and `txt` (a caption).
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
-    partial.chmod(0o755)
-    numbered = ((f"{number:08d}", files) for number, files in enumerate(samples))
-    shards = []
-    for number in itertools.count():
-        if not (chunk := list(itertools.islice(numbered, samples_per_shard))):
-            break
-        shards.append(write_shard(partial / f"{number:06d}.tar", chunk))
-    index.commit(partial, shards, {})
-    try:
-        partial.rename(folder)
-    except OSError:  # another process was faster
-        shutil.rmtree(partial)
-        index.read(folder)
 
 
 class Part(NamedTuple):

@@ -112,8 +112,8 @@ class Stream(Source):
         """Check the shards against their index, and that every sample has all that is read of it."""
         if not self.there:
             return
-        share(lanes, 0, world_size)
         self.ordered(batch_size, 0, lanes)
+        self._check_cache(len(share(lanes, 0, world_size)))
         again = "; of an older version, delete the folder and it is packed again" if self._pack else ""
         abouts = [{k: v for k, v in found.about.items() if k in ("latent", "text")} for found in self.shards.indices]
         if any(about != abouts[0] for about in abouts):
@@ -132,6 +132,17 @@ class Stream(Source):
             if not self.has_images("held_out"):
                 wanted.pop("image")
             check_files(Store(self.held_out), found.shards, wanted, again)
+
+    def _check_cache(self, lanes: int) -> None:
+        """See whether what is read at a time fits into the cache."""
+        largest = max(shard.bytes for shard in self.shards.all)
+        needed, there = 2 * lanes * self.window * largest, self.shards.stores[0].cache_bytes
+        if any(store.remote for store in self.shards.stores) and there < needed:
+            raise ValueError(
+                f"data.cache_gb={there / 1e9:g} is too little for {lanes} lanes, each with a window of {self.window} "
+                f"shards and the next one, of up to {largest / 1e9:.3g} GB a shard: give data.cache_gb="
+                f"{needed / 1e9:.3g}, or a smaller data.window"
+            )
 
     def fingerprint(self) -> str:
         """What tells these training samples from others."""

@@ -15,10 +15,10 @@ from dit.condition.encoder import TextEncoder
 from dit.data import index
 from dit.data.caption import caption
 from dit.data.image import decode
-from dit.data.pack import write_shard
 from dit.data.sample import FLIPPED, IMAGE_EXTENSIONS, LATENT
 from dit.data.shards import Shards
 from dit.data.store import DataError, Store
+from dit.data.writer import write_shard
 from dit.latent.latent import Latent
 from dit.weights.identity import sha256
 
