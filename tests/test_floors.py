@@ -45,7 +45,7 @@ def test_every_room_is_on_the_plan():
 def test_the_noise_room_stays_small_and_samplers_are_bare_functions():
     for file in (ROOT / "noise").glob("*.py"):
         assert len(file.read_text().splitlines()) <= 115, f"{file} is no pleasure to read any more"
-    for path in (config_dir() / "sampler").glob("*.yaml"):
+    for path in set((config_dir() / "sampler").glob("*.yaml")) - {config_dir() / "sampler" / "none.yaml"}:
         target = compose("train", ["experiment=digits", f"sampler={path.stem}"]).sampler._target_
         module, _, name = target.rpartition(".")
         assert name == "sample" and inspect.isfunction(getattr(importlib.import_module(module), name))
