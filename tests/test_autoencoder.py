@@ -261,7 +261,7 @@ def test_half_an_autoencoder_is_refused_without_torch(overrides, tiny):
         (["latent=sd_vae", "latent.name=/nowhere"], "nowhere"),
         (["model.channels=[4,8,8,8,8]"], "which does not go: take fewer"),
         (["model.norm_num_groups=3"], r"model\.norm_num_groups=3 must divide"),
-        (["model.in_channels=3"], "model.in_channels=3 differs from the data's 1"),
+        (["model.in_channels=3"], "model.in_channels=3 differs from data.channels=1"),
         (["trainer.compile=true"], "names no units to compile"),
         (["metric=likelihood"], "metric=likelihood is that of denoisers"),
     ],

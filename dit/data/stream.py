@@ -112,6 +112,12 @@ class Stream(Source):
         """Check the shards against their index, and that every sample has all that is read of it."""
         if not self.there:
             return
+        for store in self.shards.stores:
+            if self.decoder.encoded and not store.remote and not Path(store.folder).exists():
+                raise ValueError(
+                    f"data.path={store.folder} does not exist: dit encode data=<shards of images> latent=<a VAE> "
+                    f"out={store.folder} writes it"
+                )
         self.ordered(batch_size, 0, lanes)
         self._check_cache(len(share(lanes, 0, world_size)))
         again = "; of an older version, delete the folder and it is packed again" if self._pack else ""

@@ -1,6 +1,5 @@
 """The latent space of a frozen autoencoder."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +44,12 @@ class Autoencoder(Latent):
             import diffusers
         except ImportError as error:
             raise ImportError("a VAE needs diffusers: pip install 'ditforge[diffusers]', or latent=pixels") from error
-        config = _read(diffusers.AutoencoderKL.load_config, name, subfolder)
+        config = _read(diffusers.AutoencoderKL.load_config, name, subfolder=subfolder)
         kind = config.get("_class_name")
         if kind not in KINDS:
             raise ValueError(f"latent.name={name} is a {kind}: give one of {', '.join(KINDS)}")
-        vae = _read(partial(getattr(diffusers, kind).from_pretrained, low_cpu_mem_usage=False), name, subfolder)
+        load = getattr(diffusers, kind).from_pretrained
+        vae = _read(load, name, subfolder=subfolder, low_cpu_mem_usage=False)  # which would want accelerate
         widths = vae.config["encoder_block_out_channels" if kind == "AutoencoderDC" else "block_out_channels"]
         found = {
             "channels": vae.config.latent_channels,
@@ -86,12 +86,12 @@ class Autoencoder(Latent):
         return images
 
 
-def _read(read: Any, name: str, subfolder: str | None) -> Any:
+def _read(read: Any, name: str, **options: Any) -> Any:
     try:
         folder = name.startswith((".", "/")) or name.count("/") > 1 or ("/" in name and Path(name).parent.exists())
         if folder and not Path(name).exists():
             raise OSError("there is no such folder")  # and no need to ask the hub
-        return read(name, subfolder=subfolder)
+        return read(name, **options)
     except Exception as error:  # diffusers and safetensors raise many kinds
         raise ValueError(
             f"latent.name={name} is neither a folder with a VAE (a run that trains one writes it at its end) nor to be "

@@ -54,11 +54,9 @@ class AutoencoderParts:
             raise ValueError("an autoencoder is told nothing besides the image: choose condition=none")
         if not isinstance(self.latent(), Pixels):
             raise ValueError("an autoencoder sees pixels: choose latent=pixels")
-        sees = {"model.in_channels": cfg.data.channels, "model.input_size": cfg.data.image_size}
-        for key, value in sees.items():
-            name = key.removeprefix("model.")
-            if name in cfg.model and cfg.model[name] != value:
-                raise ValueError(f"{key}={cfg.model[name]} differs from the data's {value}")
+        for ours, theirs in {"in_channels": "channels", "input_size": "image_size"}.items():
+            if (mine := cfg.model.get(ours, cfg.data[theirs])) != cfg.data[theirs]:
+                raise ValueError(f"model.{ours}={mine} differs from data.{theirs}={cfg.data[theirs]}")
 
     def denoiser(self, device: str = "cpu") -> Reconstructor:
         """A new, untrained autoencoder: what is trained, in a denoiser's stead."""
