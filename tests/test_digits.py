@@ -1,11 +1,13 @@
 """What a trained network must show; a minute of training on two cores."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
+from dit.command import encode
 from dit.command.compose import compose
 from dit.metric.classifier import judge
 from dit.train import saved, trained
@@ -56,3 +58,20 @@ def test_few_steps_of_a_solver_are_as_good_as_many_of_ddpm(run):
         assert figures[name, steps]["accuracy"] > 0.9 * reference["accuracy"]
         assert figures[name, steps]["frechet"] < 1.5 * reference["frechet"]  # 2,000 samples are worth 10 %
     assert figures["ddim", 3]["frechet"] > 2 * reference["frechet"]
+
+
+def test_a_vae_of_ones_own_makes_a_space_to_train_in(tmp_path, digits_dir):
+    """Trained, encoded, trained in, sampled: the README's commands, shortened."""
+    pytest.importorskip("diffusers")
+    where = [f"runs_dir={tmp_path}/runs", f"data_dir={tmp_path}/data"]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "digits").symlink_to(digits_dir / "digits")
+    short = [*where, "logger=none", "trainer.preview_every_steps=10000"]
+    assert Run(compose("train", ["experiment=digits_vae", "trainer.max_steps=500", *short])).fit() is None
+    assert json.loads((tmp_path / "runs/digits_vae/summary.json").read_text())["psnr"] > 22
+    out = f"out={tmp_path}/data/digits_latents"
+    assert encode.main(compose("encode", ["data=digits", "latent=digits_vae", out, *where])) == 0
+    assert Run(compose("train", ["experiment=digits_latent", "trainer.max_steps=1000", *short])).fit() is None
+    summary = json.loads((tmp_path / "runs/digits_latent/summary.json").read_text())
+    assert summary["accuracy"] > 0.9 and summary["diversity"] > 0.6
+    assert summary["frechet"] < 2 * summary["frechet_floor"]
