@@ -16,7 +16,8 @@ from dit.train.strategy import arrange
 torch._inductor.config.cpp_cache_precompile_headers = True  # compiling takes minutes here
 
 BASES = ("dit", "unet", "jit", "lightning_dit")
-MODELS = sorted({path.stem for path in (config_dir() / "model").glob("*.yaml")} - set(BASES))
+DENOISERS = {path.stem for path in (config_dir() / "model").glob("*.yaml") if not path.stem.startswith("autoencoder")}
+MODELS = sorted(DENOISERS - set(BASES))
 SMALL = ["dit_digits", "dit_digits_modern", "dit_digits_text", "unet_digits"]
 
 

@@ -204,7 +204,9 @@ class Run:
         from dit.train.preemption import Preemption
 
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-        warnings.filterwarnings("ignore", message=".*(LeafSpec|num_workers).*")  # Lightning's, of no use to anyone here
+        warnings.filterwarnings(
+            "ignore", message=".*(LeafSpec|num_workers|in eval mode).*"
+        )  # Lightning's, of no use to anyone here
         cfg, options = self.cfg, self.cfg.trainer
         if options.accelerator == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # leave the data's workers their cores
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - self.data.num_workers))
