@@ -193,7 +193,7 @@ def test_a_run_leaves_a_vae_that_diffusers_reads(vae_config, tmp_path):
 def test_previews_show_originals_above_their_reconstructions(vae_config):
     run = Run(vae_config("run=seen", "trainer.max_steps=1"))
     assert run.fit() is None
-    expected = grid(run.data.read(run.data.held_out, most=10)["image"], 10)[0].numpy()
+    expected = grid(run.data.read("held_out", most=10)["image"], 10)[0].numpy()
     with Image.open(run.folder / "samples" / "step-00000001.png") as file:
         picture = np.array(file)
     height, width = expected.shape

@@ -214,9 +214,19 @@ def test_images_may_be_kept_beside(config, shards, vae, tmp_path):
     without = Stream(str(bare), 8, 1, 10, encoded=True)
     assert set(without.read("train")) == {"key", "label"}
     run = [*RUN, *of(bare)[:-1], "data.flip=false", "data.encoded=true", f"latent.name={vae}"]
-    with pytest.raises(ValueError, match=r"the metric needs images.*data\.images"):
+    with pytest.raises(ValueError, match=r"the metric needs images.*data\.images=<folder>"):
         Run(config(*run, "metric=classifier", f"data.held_out={shards}"))
     Run(config(*run, "metric=classifier", f"data.held_out={shards}", f"data.images={shards}"))
+
+
+def test_a_vae_that_was_trained_anew_is_noticed(config, shards, tmp_path):
+    vae = save_vae(tmp_path / "vae")
+    run = [*of(shards), "run=fly", f"latent.name={vae}", *RUN]
+    trained(config, vae, *of(shards), "run=fly")
+    Run(config(*run, "trainer.max_steps=8"))._lock.close()
+    save_vae(tmp_path / "vae", seed=1)
+    with pytest.raises(ValueError, match=r"or latent\.name=.*vae has other weights"):
+        Run(config(*run, "trainer.max_steps=8"))
 
 
 @pytest.mark.parametrize(("overrides", "message"), [

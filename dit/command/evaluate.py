@@ -38,10 +38,9 @@ def main(cfg: DictConfig) -> int:
     with user_errors():
         run = load(cfg)
         trained = run.parts.cfg
-        if trained.data.held_out is None:
-            raise ValueError(f"run={cfg.run} has no held-out images (data.held_out=null), which metrics need")
         data = build(trained.data)
         data.check()
+        data.check_images()
         data.prepare()
         metric = build(cfg.metric)
         out = Path(cfg.out) if cfg.out else Path(cfg.runs_dir) / cfg.run / "evaluation.json"

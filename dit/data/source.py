@@ -75,8 +75,20 @@ class Source(ABC):
         """
 
     def has_images(self, split: str) -> bool:
-        """Whether there are images of a split, `train` or `held_out`, by which to judge."""
+        """Whether there are images of a split, `train` or `held_out`."""
         return True
+
+    def check_images(self) -> None:
+        """See whether there are images by which to judge; where shards are not packed yet, nothing is done.
+
+        Raises:
+            ValueError: if not.
+        """
+        if self.held_out is None:
+            raise ValueError("data.held_out=null, but the metric needs held-out images: give a folder, or metric=none")
+        for split, key in {"train": "images", "held_out": "held_out"}.items():
+            if self.there and not self.has_images(split):
+                raise ValueError(f"the metric needs images, and the {split} shards have none: give data.{key}=<folder>")
 
     @abstractmethod
     def _files(self, split: str) -> Iterator[tuple[str, str, dict[str, bytes]]]:
@@ -95,6 +107,7 @@ class Source(ABC):
 
         They have `image`, if there are images of the split, and the fields.
         """
+        assert split in ("train", "held_out")
         decode, samples, bad = self.decoder.of_images(), list[dict[str, Any]](), 0
         for where, key, files in itertools.islice(self._files(split), most):
             try:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dit.metric.subject import Samples, Subject, check
 from dit.train import checkpoint
 from dit.train.build import build, parts_of
-from dit.train.encoding import check_encoded
+from dit.train.encoding import check_encoded, identity
 from dit.train.same import differences
 from dit.train.strategy import arrange
 from dit.weights.convert import fitted
@@ -61,12 +61,8 @@ class Run:
         self.tracker = build(cfg.logger)
         self.data.check(cfg.trainer.batch_size, cfg.trainer.lanes)  # before the optimizer, whose making takes seconds
         self.parts.condition.check(self.data.first() if self.data.there else None)
-        if cfg.metric and cfg.data.held_out is None:
-            raise ValueError("data.held_out=null, but the metric needs held-out images: give a folder, or metric=none")
-        if cfg.metric and self.data.there and not all(map(self.data.has_images, ("train", "held_out"))):
-            raise ValueError(
-                "the metric needs images, which data.path or data.held_out lacks: give data.images=<folder>"
-            )
+        if cfg.metric:
+            self.data.check_images()
         if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
             raise ValueError("trainer.accelerator=gpu, but torch sees no GPU: choose trainer=cpu")
         build(cfg.optimizer)(denoiser.network.parameters())
@@ -154,14 +150,20 @@ class Run:
                 f"the run {self.cfg.run} was begun with another configuration ({'; '.join(changed[:6])}): "
                 "name this one run=<another name>, or give the same values to go on"
             )
-        if self.data.there and checkpoint.data_of(resume_from) != self.data.fingerprint():
+        if self.data.there and checkpoint.data_of(resume_from) != self._fingerprint():
+            encoder = f", or latent.name={self.latent.name} has other weights" if self.latent.name else ""
             raise ValueError(
-                f"data.path={self.cfg.data.path} holds other shards than those run={self.cfg.run} was begun with"
+                f"data.path={self.cfg.data.path} holds other shards than those run={self.cfg.run} was begun with{encoder}"
             )
         if self.step > self.cfg.trainer.max_steps:
             raise ValueError(
                 f"trainer.max_steps={self.cfg.trainer.max_steps}, but run={self.cfg.run} is at step {self.step}"
             )
+
+    def _fingerprint(self) -> str:
+        """What tells the training data, as the network sees them, from others."""
+        encoder = f" {identity(self.latent)['sha256'][:16]}" if self.latent.name else ""
+        return self.data.fingerprint() + encoder
 
     def fit(self) -> int | None:
         """Train to the end, evaluate, and write summary.json.
@@ -246,7 +248,7 @@ class Run:
             options.keep_checkpoints,
             recorder,
             preemption,
-            self.data.fingerprint(),
+            self._fingerprint(),
         )
         trainer = Trainer(
             accelerator=options.accelerator,
