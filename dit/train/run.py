@@ -151,9 +151,9 @@ class Run:
                 "name this one run=<another name>, or give the same values to go on"
             )
         if self.data.there and checkpoint.data_of(resume_from) != self._fingerprint():
-            encoder = f", or latent.name={self.latent.name} has other weights" if self.latent.name else ""
+            other = f", or latent.name={self.latent.name} has other weights" if self.latent.name else ""
             raise ValueError(
-                f"data.path={self.cfg.data.path} holds other shards than those run={self.cfg.run} was begun with{encoder}"
+                f"data.path={self.cfg.data.path} holds other shards than those run={self.cfg.run} was begun with{other}"
             )
         if self.step > self.cfg.trainer.max_steps:
             raise ValueError(
