@@ -8,7 +8,7 @@ The rooms, in the order in which data flows; an import may only go down a floor:
     sampler     from noise to images: steps, guidance, editing                            1
     weights     averaged, converted and exported weights                                  1
     condition   what the network is told besides the noise                                0
-    data        shards of images: written, checked, streamed                              0
+    data        shards of images: packed, indexed, read in order                          0
     latent      images <-> what the network sees                                          0
     metric      how good, how varied and how likely images are                            0
     model       the networks                                                              0

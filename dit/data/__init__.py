@@ -1,1 +1,1 @@
-"""Shards of images: written, checked, streamed."""
+"""Shards of images: packed, indexed, read in an order that is a pure function."""
