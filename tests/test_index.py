@@ -6,6 +6,7 @@ import pytest
 from shard_files import png, sample, tar, write
 
 from dit.data import index
+from dit.data.scan import scan
 from dit.data.shards import Shards
 from dit.data.store import Store
 from dit.data.writer import write_shard
@@ -62,13 +63,13 @@ def test_files_of_any_layout_are_found(tmp_path):
         ("._a/x.png", b"1"),
         (".hidden", b"1"),
     ]
-    found, damages = index.scan(tar(tmp_path / "a.tar", members))
+    found, damages = scan(tar(tmp_path / "a.tar", members))
     assert found.keys.tolist() == [b"./a/x", b"._a/x"] and not damages
     assert found.extensions == ["cls", "png", "y.png"]
     gnu = tmp_path / "gnu.tar"
     with tarfile.open(gnu, "w", format=tarfile.GNU_FORMAT) as file:
         file.addfile(tarfile.TarInfo("d" * 150 + "/b.cls"))
-    assert index.scan(gnu)[0].keys.tolist() == [b"d" * 150 + b"/b"]
+    assert scan(gnu)[0].keys.tolist() == [b"d" * 150 + b"/b"]
 
 
 def test_a_shard_cut_anywhere_is_found(tmp_path):
@@ -82,7 +83,7 @@ def test_a_shard_cut_anywhere_is_found(tmp_path):
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match=r"the shard 000000\.tar: .* at byte \d+"):
             index.write(folder)
-        kept = index.scan(path)[0].keys.tolist()
+        kept = scan(path)[0].keys.tolist()
         assert kept == [b"0", b"1", b"2"][: len(kept)] and len(kept) < 3
     path.write_bytes(whole[: 4 * 512] + b"x" + whole[4 * 512 + 1 :])  # a header in the middle
     with pytest.raises(ValueError, match=r"corrupt at byte 2048"):

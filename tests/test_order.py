@@ -65,10 +65,10 @@ def test_lanes_read_shards_of_their_own():
 def test_what_takes_the_place_of_a_sample_follows_it_in_its_window():
     order = Shuffled([10] * 4, seed=0, lanes=1, batch_size=4, window=2)
     names = sequence(order, 10)
-    others = list(order.instead(1, 0, 2))
-    assert others[:5] == names[7:12] and len(others) == 19
-    assert sorted([names[6], *others]) == sorted(names[:20])
-    assert set(order.coming(1, 0)) == {shard for shard, _ in names[20:40]}
+    others = list(itertools.islice(order.instead(1, 0, 2), 25))
+    assert others[:13] == names[7:20] and others[13:19] == names[:6] and others[19:] == names[20:26]
+    assert order.coming(1, 0) == [*sorted({shard for shard, _ in names[:20]}), *sorted({s for s, _ in names[20:40]})]
+    assert order.coming(2, 0) == [] and len(order.coming(5, 0)) == 4
 
 
 def test_a_mixture_has_its_weights():
@@ -79,6 +79,15 @@ def test_a_mixture_has_its_weights():
     assert second / total == pytest.approx(0.75, abs=0.02)
     first = [number for (shard, _), number in drawn.items() if shard < 2]
     assert len(first) == 150 and min(first) > 0.7 * np.mean(first) and max(first) < 1.4 * np.mean(first)
+
+
+def test_a_mixture_has_its_weights_in_every_part():
+    order = Resampled([1000] * 20, [0] * 10 + [1] * 10, [3, 1], seed=0, lanes=8, batch_size=64)
+    for part in range(10):
+        drawn = np.concatenate(
+            [order.at(step, lane)[0] for step in range(100 * part, 100 * part + 100) for lane in range(8)]
+        )
+        assert (drawn < 10).mean() == pytest.approx(0.75, abs=0.02)
 
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -6,7 +6,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from dit.command.compose import check_least, user_errors
-from dit.data.store import DataError
+from dit.data.store import DataError, Store
 
 VERBATIM = ("path", "out", "shards")
 
@@ -37,8 +37,11 @@ def main(cfg: DictConfig) -> int:
 
         fields = Decoder(1, 1, 1, cfg.fields).files()
         place = cfg.out or cfg.path
-        if index.has_index(place) and not cfg.again:
+        if index.has_index(place) and not (cfg.again or cfg.lenient):
             found, changed = index.verify(cfg.path, place, num_workers)
+            for name in cfg.fields if not changed else ():
+                way_out = f": leave such samples out by dit index path={cfg.path} lenient=true 'fields=[{name}]'"
+                index.check_files(Store(str(place)), found.shards, fields[name], name, way_out)
         else:
             fields["image"] = (*IMAGE_EXTENSIONS, LATENT)
             options = {"shards": cfg.shards, "out": cfg.out, "lenient": cfg.lenient, "num_workers": num_workers}

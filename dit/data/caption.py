@@ -1,5 +1,7 @@
 """A caption."""
 
+import unicodedata
+
 MAX_BYTES = 2**14
 
 
@@ -12,6 +14,6 @@ def caption(data: bytes) -> str:
     if len(data) > MAX_BYTES:
         raise ValueError(f"a caption of {len(data):,} bytes; at most {MAX_BYTES:,} are read")
     text = data.decode().strip()
-    if any((ord(character) < 32 and character not in "\n\r\t") or ord(character) == 127 for character in text):
+    if any(unicodedata.category(character) == "Cc" and character not in "\n\r\t" for character in text):
         raise ValueError("a caption with control characters")
     return text

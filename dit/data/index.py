@@ -4,25 +4,27 @@ Beside each shard stands a table of its samples, `<shard>.index.npz`, and beside
 is the check of integrity; with them, any sample is read by a seek.
 """
 
+import errno
 import functools
 import hashlib
 import io
 import json
-import os
-import tarfile
+import shutil
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import numpy as np
 
 from dit.data.parallel import each
-from dit.data.store import DataError, Store
+from dit.data.scan import Damage, Table, scan
+from dit.data.store import Store
 
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 VERIFY_BYTES = 2**30  # above this, only sizes are compared when a run starts
-MAX_NAME_BYTES = 255
 
 
 class Shard(NamedTuple):
@@ -32,25 +34,8 @@ class Shard(NamedTuple):
     samples: int
     bytes: int
     sha256: str
+    keys: str  # a hash of the samples that are read of it, and of their order
     files: dict[str, int]  # by extension, how many samples have one
-
-
-class Table(NamedTuple):
-    """Where the files of N samples lie in their shard, by E extensions."""
-
-    keys: np.ndarray  # (N,) UTF-8
-    extensions: list[str]
-    offsets: np.ndarray  # (N, E) int64, in bytes; -1 where there is no such file
-    sizes: np.ndarray  # (N, E) int64, in bytes
-
-    def column(self, extensions: Sequence[str]) -> np.ndarray:
-        """(N,) the column of the first of these extensions that a sample has, or -1."""
-        found = np.full(len(self.keys), -1)
-        for extension in reversed(extensions):
-            if extension in self.extensions:
-                column = self.extensions.index(extension)
-                found[self.offsets[:, column] >= 0] = column
-        return found
 
 
 class Index(NamedTuple):
@@ -62,21 +47,7 @@ class Index(NamedTuple):
     @property
     def fingerprint(self) -> str:
         """What tells these samples from others."""
-        parts = "".join(shard.sha256 for shard in self.shards)
-        if left_out := self.about.get("left_out"):
-            parts += f"{left_out} left out"
-        return hashlib.sha256(parts.encode()).hexdigest()[:16]
-
-
-class Damage(NamedTuple):
-    """What is wrong in a shard."""
-
-    shard: str
-    sample: str  # empty where it is not one sample
-    reason: str
-
-    def __str__(self) -> str:
-        return f"the shard {self.shard}{f', sample {self.sample}' if self.sample else ''}: {self.reason}"
+        return hashlib.sha256("".join(shard.sha256 + shard.keys for shard in self.shards).encode()).hexdigest()[:16]
 
 
 def write(
@@ -87,9 +58,8 @@ def write(
     require: Sequence[Sequence[str]] = (),
     lenient: bool = False,
     num_workers: int = 1,
-    about: Mapping[str, Any] | None = None,
 ) -> Index:
-    """Look at every byte of the shards of a folder and write their tables and manifest.
+    """Look at every byte of the shards of a folder and write their tables and manifest, all or nothing.
 
     Args:
         folder: of the shards, a path or a URL.
@@ -98,36 +68,49 @@ def write(
         require: of each of these groups of extensions a sample must have one.
         lenient: leave out what is damaged, which `left_out.jsonl` then names, instead of refusing it.
         num_workers: processes.
-        about: what the manifest says beside.
 
     Raises:
         ValueError: if there is no shard, or, unless lenient, anything is damaged, with a list.
+        OSError: if something cannot be read or written.
+        DataError: if something cannot be fetched.
     """
     store = Store(str(folder))
     names = store.names(shards)
     target = Path(out) if out else Path(folder)
     if out is None and store.remote:
         raise ValueError(f"{folder} is remote, so the index needs a folder of its own: give out=<folder>")
-    target.mkdir(parents=True, exist_ok=True)
-    indexed, damages = [], []
-    job = functools.partial(_indexed, store=store, target=target, require=require, lenient=lenient)
-    for shard, damaged in each(job, names, num_workers, "shards indexed"):
-        indexed.append(shard)
-        damages += damaged
-    indexed, twice = _twice(target, indexed)
-    damages += twice
-    indexed = [shard for shard in indexed if shard.samples]
-    if damages and not lenient:
-        more = f"\n  and {len(damages) - 10} more" if len(damages) > 10 else ""
-        listed = "\n  ".join(str(damage) for damage in damages[:10])
-        raise ValueError(f"{folder} is damaged:\n  {listed}{more}\nmend it, or leave that out: dit index lenient=true")
-    if not indexed:
-        raise ValueError(f"{folder} holds no sample")
-    if damages:
-        lines = [json.dumps(damage._asdict()) + "\n" for damage in damages]
-        replace(target / "left_out.jsonl", "".join(lines).encode())
-        print(f"dit: {len(damages)} things were left out, the first {damages[0]}; all: {target / 'left_out.jsonl'}")
-    return commit(target, indexed, {**(about or {}), **({"left_out": len(damages)} if damages else {})})
+    partial = target / f".index.{uuid4().hex[:12]}.tmp"
+    partial.mkdir(parents=True)
+    try:
+        indexed, damages = [], []
+        job = functools.partial(_indexed, store=store, target=partial, require=require)
+        for shard, damaged in each(job, names, num_workers, "shards indexed"):
+            indexed.append(shard)
+            damages += damaged
+        indexed, twice = _twice(partial, indexed)
+        damages += twice
+        if damages and not lenient:
+            more = f"\n  and {len(damages) - 10} more" if len(damages) > 10 else ""
+            listed = "\n  ".join(str(damage) for damage in damages[:10])
+            raise ValueError(
+                f"{folder} is damaged:\n  {listed}{more}\n"
+                f"mend it, or leave that out: dit index path={folder} lenient=true"
+            )
+        empty = [shard.name for shard in indexed if not shard.samples]
+        indexed = [shard for shard in indexed if shard.samples]
+        if not indexed:
+            raise ValueError(f"{folder} holds no sample")
+        about: dict[str, Any] = {} if shards == "*.tar" else {"pattern": shards}
+        if damages:
+            lines = [json.dumps(damage._asdict()) + "\n" for damage in damages]
+            replace(target / "left_out.jsonl", "".join(lines).encode())
+            print(f"dit: {len(damages)} things are left out, the first {damages[0]}; all: {target / 'left_out.jsonl'}")
+            about |= {"left_out": len(damages), "empty": empty}
+        for shard in indexed:
+            (partial / _table_name(shard.name)).replace(target / _table_name(shard.name))
+        return commit(target, indexed, about)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def verify(folder: str | Path, place: str | Path | None = None, num_workers: int = 1) -> tuple[Index, list[Damage]]:
@@ -141,6 +124,7 @@ def verify(folder: str | Path, place: str | Path | None = None, num_workers: int
     stores = Store(str(folder)), Store(str(place or folder))
     found = _parsed(stores[1])
     assert found is not None
+    _check_names(stores[0], found, place or folder)
     job = functools.partial(_changed, store=stores[0], place=stores[1])
     changed = [damage for damage in each(job, found.shards, num_workers, "shards verified") if damage]
     return found, changed
@@ -152,7 +136,9 @@ def _changed(shard: Shard, store: Store, place: Store) -> Damage | None:
         with store.borrowed(shard.name) as path:
             if sha256(path) != shard.sha256:
                 return Damage(shard.name, "", "its bytes are not those that were indexed")
-    except (OSError, ValueError, DataError) as error:
+    except FileNotFoundError:
+        return Damage(shard.name, "", "it is missing")
+    except ValueError as error:
         return Damage(shard.name, "", str(error))
     return None
 
@@ -179,23 +165,32 @@ def read(folder: str | Path, index: str | Path | None = None) -> Index:
     store, place = Store(str(folder)), Store(str(index or folder))
     if not store.remote and not Path(folder).is_dir():
         raise ValueError(f"the data folder {folder} does not exist: give the one that holds the .tar shards")
+    elsewhere = f"run dit index path={folder} out=<folder> once, and give data.index=<folder>"
     if (found := _parsed(place)) is None:
         if store.remote:
             raise ValueError(
-                f"{index or folder} has no {MANIFEST}: run dit index path={folder} out=<folder> once, and give "
-                "data.index=<folder>, or copy it beside the shards"
+                f"{index or folder} has no {MANIFEST} of this version: {elsewhere}, or copy it beside them"
             )
-        print(f"dit: {folder} has no index of this version and is indexed now, once", flush=True)
+        print(f"dit: {folder} has no index of this version and is indexed now, once (dit index is faster)", flush=True)
         try:
-            return write(folder, out=index, num_workers=len(os.sched_getaffinity(0)))
-        except PermissionError as error:
-            raise ValueError(
-                f"{folder} has no index and cannot be written to: run dit index path={folder} out=<folder> once, and "
-                "give data.index=<folder>"
-            ) from error
+            return write(folder, out=index)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            raise ValueError(f"{folder} has no index and cannot be written to: {elsewhere}") from error
     if not store.remote:
         _check_shards(Path(folder), place.url(MANIFEST), found.shards)
+        _check_names(store, found, index or folder)
     return found
+
+
+def has_index(place: str | Path) -> bool:
+    """Whether a folder has an index of this version.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    return _parsed(Store(str(place))) is not None
 
 
 def table(place: Store, shard: Shard) -> Table:
@@ -210,7 +205,7 @@ def table(place: Store, shard: Shard) -> Table:
     """
     described, found = load(place, shard.name)
     if described != shard:
-        raise ValueError(f"{place.url(_table_name(shard.name))} is not that of its shard: run dit index anew")
+        raise ValueError(f"{place.url(_table_name(shard.name))} is not that of its shard: run dit index again=true")
     return found
 
 
@@ -221,15 +216,20 @@ def load(place: Store, name: str) -> tuple[Shard, Table]:
         ValueError: if they are missing or damaged.
     """
     try:
-        with np.load(io.BytesIO(place.read(_table_name(name))), allow_pickle=False) as arrays:
+        data = place.read(_table_name(name))
+        with zipfile.ZipFile(io.BytesIO(data)) as parts:
+            if any(part.compress_type or part.file_size > len(data) for part in parts.infolist()):
+                raise ValueError("it is compressed, which no table is")
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             found = Table(arrays["keys"], arrays["extensions"].tolist(), arrays["offsets"], arrays["sizes"])
             size, sha256 = int(arrays["bytes"]), str(arrays["sha256"])
-        assert found.offsets.shape == found.sizes.shape == (len(found.keys), len(found.extensions))
-        assert ((found.sizes >= 0) & (found.offsets + found.sizes <= size)).all()
+        if not found.offsets.shape == found.sizes.shape == (len(found.keys), len(found.extensions)):
+            raise ValueError("its columns have different lengths")
+        if ((found.sizes < 0) | (found.sizes > size) | (found.offsets > size - found.sizes)).any():
+            raise ValueError("files lie outside of the shard")
     except Exception as error:  # numpy and zipfile raise many kinds
-        raise ValueError(
-            f"{place.url(_table_name(name))} is missing or damaged ({error}): run dit index anew"
-        ) from error
+        url = place.url(_table_name(name))
+        raise ValueError(f"{url} is missing or damaged ({error}): run dit index again=true") from error
     return _described(name, size, sha256, found), found
 
 
@@ -251,56 +251,6 @@ def check_files(place: Store, shards: Sequence[Shard], extensions: Sequence[str]
                 )
 
 
-def scan(path: Path, require: Sequence[Sequence[str]] = ()) -> tuple[Table, list[Damage]]:
-    """The samples of a tar file, and all that is wrong with it, which the table leaves out.
-
-    Files of one sample are named alike up to the first dot, as the WebDataset package has it, and stand side by side.
-    """
-    name, damages = path.name, []
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    left_out: set[str] = set()
-    last = None
-    try:
-        with tarfile.open(path, "r:", encoding="utf-8") as tar:
-            try:
-                for member in tar:
-                    key, extension = _split(member.name)
-                    if reason := _refused(member):
-                        damages.append(Damage(name, ascii(member.name[:80])[1:-1], reason))
-                        left_out.add(key)
-                        continue
-                    if member.isdir() or not key or not extension:
-                        continue
-                    if key in samples and key != last:
-                        damages.append(Damage(name, key, "its key occurs twice"))
-                        left_out.add(key)
-                        continue
-                    files, last = samples.setdefault(key, {}), key
-                    if extension in files:
-                        damages.append(Damage(name, key, f"it has two files .{extension}"))
-                        left_out.add(key)
-                    files[extension] = (member.offset_data, member.size)
-                end = tar.offset
-                problem = _end_problem(path, end)
-            except Exception as error:  # tarfile raises many kinds for what is damaged
-                problem = f"corrupt at byte {tar.offset}: {error}"
-    except tarfile.TarError as error:
-        problem = f"corrupt at byte 0: {error}"
-    if problem:
-        damages.append(Damage(name, "", problem))
-        if last:  # perhaps not whole
-            left_out.add(last)
-    elif not samples:
-        damages.append(Damage(name, "", "it holds no sample"))
-    for key, files in samples.items():
-        for group in require:
-            if key not in left_out and not any(extension in files for extension in group):
-                damages.append(Damage(name, key, f"it has no .{' or .'.join(group)}"))
-                left_out.add(key)
-    kept = {key: files for key, files in samples.items() if key not in left_out}
-    return _table(kept), damages
-
-
 def sha256(path: Path) -> str:
     """The hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
@@ -317,7 +267,8 @@ def save(target: Path, path: Path, found: Table) -> Shard:
 def _described(name: str, size: int, sha256: str, found: Table) -> Shard:
     counts = (found.offsets >= 0).sum(axis=0).tolist()
     files = {extension: count for extension, count in zip(found.extensions, counts, strict=True) if count}
-    return Shard(name, len(found.keys), size, sha256, files)
+    keys = hashlib.sha256(b"\n".join(found.keys.tolist())).hexdigest()[:16]
+    return Shard(name, len(found.keys), size, sha256, keys, files)
 
 
 def _write_table(target: Path, shard: Shard, found: Table) -> None:
@@ -338,17 +289,13 @@ def _table_name(shard: str) -> str:
     return f"{shard.removesuffix('.tar')}.index.npz"
 
 
-def _indexed(
-    name: str, store: Store, target: Path, require: Sequence[Sequence[str]], lenient: bool
-) -> tuple[Shard, list[Damage]]:
+def _indexed(name: str, store: Store, target: Path, require: Sequence[Sequence[str]]) -> tuple[Shard, list[Damage]]:
     try:
         with store.borrowed(name) as path:
             found, damages = scan(path, require)
-            if damages and not lenient:
-                return Shard(name, 0, 0, "", {}), damages
             return save(target, path, found), damages
-    except (OSError, DataError) as error:
-        return Shard(name, 0, 0, "", {}), [Damage(name, "", f"it cannot be read: {error}")]
+    except FileNotFoundError:
+        return Shard(name, 0, 0, "", "", {}), [Damage(name, "", "it is missing")]
 
 
 def _twice(target: Path, shards: list[Shard]) -> tuple[list[Shard], list[Damage]]:
@@ -387,56 +334,6 @@ def _hashes(keys: np.ndarray) -> np.ndarray:
     return total
 
 
-def _split(name: str) -> tuple[str, str]:
-    """(key, extension) of a member: the path up to the first dot of the file's name, and what follows it."""
-    folder, slash, file = name.rpartition("/")
-    stem, _, extension = file.partition(".")
-    return (f"{folder}{slash}{stem}" if stem else "", extension.lower())
-
-
-def _refused(member: tarfile.TarInfo) -> str:
-    """Why a member is not taken; empty if it is."""
-    name = member.name
-    if member.issym() or member.islnk():
-        return "it is a link"
-    if not (member.isreg() or member.isdir()) or member.issparse():
-        return "it is a device, or no plain file"
-    if name.startswith("/") or ".." in name.split("/"):
-        return "its name leads out of the folder"
-    if not name.isprintable():  # which an undecodable name is not, either
-        return "its name has characters that cannot be printed"
-    if len(name.encode()) > MAX_NAME_BYTES:
-        return f"its name has more than {MAX_NAME_BYTES} bytes"
-    return ""
-
-
-def _end_problem(path: Path, end: int) -> str:
-    """What is wrong with what follows the last member, which must be two empty blocks, or more.
-
-    tarfile takes a damaged header after the first member for the end of the archive; what follows would be lost in
-    silence.
-    """
-    zeros = 0
-    with path.open("rb") as file:
-        file.seek(end)
-        while chunk := file.read(2**20):
-            if chunk.strip(b"\0"):
-                return f"corrupt at byte {end}: neither a member nor the end of the archive"
-            zeros += len(chunk)
-    return "" if zeros >= 2 * tarfile.BLOCKSIZE else f"cut at byte {end + zeros}: the end of the archive is missing"
-
-
-def _table(samples: Mapping[str, Mapping[str, tuple[int, int]]]) -> Table:
-    extensions = sorted({extension for files in samples.values() for extension in files})
-    places = np.full((len(samples), len(extensions), 2), (-1, 0), dtype=np.int64)
-    column = {extension: i for i, extension in enumerate(extensions)}
-    for row, files in enumerate(samples.values()):
-        for extension, place in files.items():
-            places[row, column[extension]] = place
-    keys = np.array([key.encode() for key in samples], dtype=bytes)
-    return Table(keys, extensions, places[..., 0], places[..., 1])
-
-
 def _parsed(place: Store) -> Index | None:
     """What the manifest says; None if there is none of this version."""
     try:
@@ -444,20 +341,27 @@ def _parsed(place: Store) -> Index | None:
         if manifest.pop("format", None) != FORMAT:
             return None
         manifest.pop("fingerprint")
-        return Index([Shard(**shard) for shard in manifest.pop("shards")], manifest)
+        shards = [Shard(**shard) for shard in manifest.pop("shards")]
+        if bad := [shard.name for shard in shards if shard.name.startswith(".") or set("/\\\0") & set(shard.name)]:
+            raise ValueError(f"the name {bad[0]!r} leads out of the folder")
+        return Index(shards, manifest)
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise ValueError(f"{place.url(MANIFEST)} is damaged ({error}): delete it, and run dit index anew") from error
 
 
-def has_index(place: str | Path) -> bool:
-    """Whether a folder has an index of this version.
-
-    Raises:
-        ValueError: if it is damaged.
-    """
-    return _parsed(Store(str(place))) is not None
+def _check_names(store: Store, found: Index, place: str | Path) -> None:
+    """See whether there are shards that the index does not know."""
+    pattern = found.about.get("pattern", "*.tar")
+    if not store.remote and "{" not in pattern:
+        known = {shard.name for shard in found.shards} | set(found.about.get("empty", ()))
+        if new := [name for name in store.names(pattern) if name not in known]:
+            more = f" and {len(new) - 3} more" if len(new) > 3 else ""
+            raise ValueError(
+                f"{store.folder} has shards that its index in {place} lacks, {', '.join(new[:3])}{more}: take them "
+                f"away, or run dit index path={store.folder} again=true"
+            )
 
 
 def _check_shards(folder: Path, manifest: str, shards: list[Shard]) -> None:
@@ -477,6 +381,6 @@ def _check_shards(folder: Path, manifest: str, shards: list[Shard]) -> None:
 
 def replace(path: Path, data: bytes) -> None:
     """Write a file as a whole, or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    partial = path.with_name(f"{path.name}.{uuid4().hex[:12]}.tmp")
     partial.write_bytes(data)
     partial.replace(path)

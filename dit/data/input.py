@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from dit.data import columns, index
+from dit.data import columns
 from dit.data.parallel import each
+from dit.data.scan import scan
 
 IMAGES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")  # names of files that are taken for images
 NOTES = ("duplicate", "not an image", "hidden", "told again", "an empty class")  # reasons that cost no sample
@@ -150,7 +151,7 @@ class Tars:
         samples: list[Sample] = []
         problems = []
         several = len({path.parent for path in self.shards}) > 1
-        scanned = each(index.scan, self.shards, num_workers, "tars read")
+        scanned = each(scan, self.shards, num_workers, "tars read")
         for path, (table, damages) in zip(self.shards, scanned, strict=True):
             shown = str(path) if several else path.name
             problems += [Problem("damaged", f"{shown}/{damage.sample}", damage.reason) for damage in damages]

@@ -50,6 +50,7 @@ class Order(ABC):
         self.rows = batch_size // lanes
         self.window = window
         self._latest: dict[int, Window] = {}
+        self._told: dict[int, int] = {}
 
     def at(self, step: int, lane: int) -> tuple[np.ndarray, np.ndarray]:
         """The shards and the numbers in them, each (B / L,), of a lane's samples at a step."""
@@ -64,18 +65,27 @@ class Order(ABC):
         return np.concatenate(shard), np.concatenate(sample)
 
     def instead(self, step: int, lane: int, row: int) -> Iterator[tuple[int, int]]:
-        """What takes the place of a sample that cannot be used: those that follow in its window, which is a ring."""
+        """What takes the place of a sample that cannot be used, without end.
+
+        It is the sample after it in its window, which is a ring, then the one after that, then those of later windows.
+        """
         number = step * self.rows + row
         window = self._around(lane, number)
-        for i in range(1, len(window.shard)):
-            other = (number - window.first + i) % len(window.shard)
+        turn = number - window.first + 1
+        for other in (*range(turn, len(window.shard)), *range(turn - 1)):
             yield int(window.shard[other]), int(window.sample[other])
+        while True:
+            window = self._make(lane, window.first + len(window.shard))
+            yield from zip(window.shard.tolist(), window.sample.tolist(), strict=True)
 
     def coming(self, step: int, lane: int) -> list[int]:
-        """The shards of the lane's window after the one of a step."""
+        """The shards of a lane's window at a step, and of the one after; told once a window, and then nothing."""
         window = self._around(lane, step * self.rows)
+        if self._told.get(lane) == window.first:
+            return []
+        self._told[lane] = window.first
         after = self._make(lane, window.first + len(window.shard))
-        return np.unique(after.shard).tolist()
+        return [*np.unique(window.shard).tolist(), *np.unique(after.shard).tolist()]
 
     def _around(self, lane: int, number: int) -> Window:
         """The window with the lane's sample of a number; each lane's latest is kept."""
@@ -141,7 +151,8 @@ class Shuffled(Order):
 class Resampled(Order):
     """Samples drawn with replacement, for mixtures: a source by its weight, in it each sample alike.
 
-    For each window so many shards are drawn, by weight and size, and from them as many samples as they hold on average.
+    A window is as many samples as that many shards hold on average. Each is drawn by the weights from one of the
+    sources, of which so many shards are drawn, by size, for each window.
 
     Args:
         counts: samples of each shard.
@@ -150,7 +161,7 @@ class Resampled(Order):
         seed: of the order.
         lanes: L, fixed for a run.
         batch_size: B, a multiple of L.
-        window: shards that are drawn together.
+        window: shards of a source that are drawn together.
 
     Raises:
         ValueError: if the weights are not one positive number for each source, too.
@@ -173,18 +184,26 @@ class Resampled(Order):
             raise ValueError(
                 f"data.weights={list(weights)} must be one positive number for each of {source.max() + 1} folders"
             )
-        share = self.counts / np.bincount(source, self.counts)[source] * np.asarray(weights, dtype=float)[source]
-        self.until = (share / share.sum()).cumsum()
+        self.until = np.cumsum(weights) / np.sum(weights)
+        self.of_source = [np.flatnonzero(source == number) for number in range(len(weights))]
         self.length = max(1, round(window * self.counts.sum() / len(counts)))
 
     def _make(self, lane: int, number: int) -> Window:
         turn = number // self.length
-        raw = _raw([3, self.seed, lane, turn], self.window + 2 * self.length)
-        drawn = np.searchsorted(self.until, (raw[: self.window] >> np.uint64(11)) * 2.0**-53, "right")
-        drawn = drawn.clip(max=len(self.counts) - 1)
-        which, inside = raw[self.window :].reshape(2, -1)
-        shard = drawn[which % np.uint64(self.window)]
-        return Window(turn * self.length, shard, (inside % self.counts[shard].astype(np.uint64)).astype(np.int64))
+        key = [3, self.seed, lane, turn]
+        chance = uniform(key, 3, self.length)
+        drawn = uniform([5, *key], len(self.of_source), self.window)
+        shards = np.stack([
+            own[_pick(self.counts[own].cumsum() / self.counts[own].sum(), row)]
+            for own, row in zip(self.of_source, drawn, strict=True)
+        ])  # (sources, window)  # fmt: skip
+        shard = shards[_pick(self.until, chance[0]), (chance[1] * self.window).astype(np.int64)]
+        return Window(turn * self.length, shard, (chance[2] * self.counts[shard]).astype(np.int64))
+
+
+def _pick(until: np.ndarray, chance: np.ndarray) -> np.ndarray:
+    """Numbers 0, 1, ... by their cumulative probabilities."""
+    return np.searchsorted(until, chance, "right").clip(max=len(until) - 1)
 
 
 def share(lanes: int, rank: int, world_size: int) -> range:

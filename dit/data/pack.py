@@ -104,7 +104,8 @@ def pack(
         for done in itertools.chain.from_iterable(folder.glob("*.done.json") for folder in folders):
             done.unlink()
         found = index.read(out)
-        print(f"{out} is complete: {sum(shard.samples for shard in found.shards):,} samples")
+        number = sum(shard.samples for shard in found.shards)
+        print(f"{out} is complete, as its source was listed when it was packed: {number:,} samples")
         return found
     num_workers = num_workers or len(os.sched_getaffinity(0))
     listing = given.listing(num_workers)

@@ -11,6 +11,7 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_BYTES = 2**26  # of a file
 MAX_PIXELS = 2**26  # that are decoded
 MAX_ASPECT = 50  # long side over short side: the crop first brings the short side to size
+MAX_SCANS = 100  # of a progressive JPEG, each of which is a pass over all pixels
 MAX_PIXELS_PER_BYTE = 2000  # of images above a megapixel; a white page has a few hundred
 
 
@@ -39,6 +40,10 @@ def opened(data: bytes, formats: tuple[str, ...] = FORMATS) -> Iterator[Image.Im
             raise ValueError(f"{kind}; one side may be at most {MAX_ASPECT} times the other")
         if pixels > max(10**6, MAX_PIXELS_PER_BYTE * len(data)):
             raise ValueError(f"{kind} in {len(data):,} bytes, which is suspiciously little")
+        if file.mode[0] in "IF":
+            raise ValueError(f"{kind} of more than 8 bits a channel (mode {file.mode})")
+        if data.count(b"\xff\xda") > MAX_SCANS and file.format in ("JPEG", "MPO"):
+            raise ValueError(f"{kind} in more than {MAX_SCANS} scans")
         if getattr(file, "is_animated", False) and file.format != "MPO":  # a phone's JPEG with a preview behind it
             raise ValueError(f"{kind} that move")
         yield file

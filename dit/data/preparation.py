@@ -50,6 +50,8 @@ def prepared(image: bytes, others: Mapping[str, bytes], source: str, form: Form)
     Raises:
         Unusable: if it cannot be packed.
     """
+    if long := [extension for extension in others if len(extension.encode()) > 100]:
+        raise Unusable("damaged", f"a file with the extension {long[0][:40]}...")
     if "txt" in others:
         _check_caption(others["txt"])
     if "cls" in others and not others["cls"].strip().isdigit():
@@ -59,7 +61,7 @@ def prepared(image: bytes, others: Mapping[str, bytes], source: str, form: Form)
     except (ValueError, TypeError, RecursionError) as error:
         raise Unusable("damaged", f"its .json: {error}") from error
     extension, data, (width, height) = _image(image, form)
-    told |= {"width": width, "height": height, "source": source}
+    told = {"width": width, "height": height, "source": source, **told}  # where it was packed before, as it was then
     return {extension: data, **others, "json": json.dumps(told).encode()}
 
 
@@ -81,8 +83,6 @@ def _image(data: bytes, form: Form) -> tuple[str, bytes, tuple[int, int]]:
     except Exception as error:  # Pillow raises many kinds for what is damaged
         raise Unusable("unreadable", str(error) if data else "it is empty") from error
     size, extension = image.size, EXTENSIONS.get(image.format or "")
-    if image.mode[0] in "IF":
-        raise Unusable("unsupported", f"its pixels have more than 8 bits (mode {image.mode})")
     fits = form.size is None or size == (form.size, form.size)
     if fits and extension and form.format in (None, extension):
         return extension, data, size

@@ -9,14 +9,9 @@ import torch
 
 from dit.data.caption import caption
 from dit.data.image import decode
-from dit.data.store import DataError
+from dit.data.shards import MAX_FILE_BYTES, BadSample
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
-MAX_ARRAY_BYTES = 2**28
-
-
-class BadSample(DataError):
-    """A sample that cannot be used, though its files are there."""
 
 
 class Augmentation(NamedTuple):
@@ -27,9 +22,13 @@ class Augmentation(NamedTuple):
 
 
 def label(data: bytes) -> int:
-    """A class, in ASCII."""
-    if len(data) > 20:
-        raise ValueError(f"a class of {len(data)} bytes")
+    """A class, in ASCII.
+
+    Raises:
+        ValueError: if it is no number.
+    """
+    if len(data) > 20 or not data.strip().isdigit():
+        raise ValueError(f"the class {data[:20]!r} is no number")
     return int(data)
 
 
@@ -45,7 +44,7 @@ def array(data: bytes, dimensions: int) -> np.ndarray:
     shape, _, dtype = read(file)
     if dtype.kind not in "fiub" or len(shape) != dimensions:
         raise ValueError(f"an array of shape {shape} and {dtype}, expected numbers in {dimensions} dimensions")
-    if len(data) > MAX_ARRAY_BYTES or int(np.prod(shape, dtype=object)) * dtype.itemsize != len(data) - file.tell():
+    if len(data) > MAX_FILE_BYTES or int(np.prod(shape, dtype=object)) * dtype.itemsize != len(data) - file.tell():
         raise ValueError(f"an array of shape {shape} and {dtype} in {len(data):,} bytes")
     file.seek(0)
     return np.load(file, allow_pickle=False)
@@ -87,6 +86,7 @@ class Decoder:
         self.num_classes = num_classes
         self.fields = tuple(fields)
         self.encoded = encoded
+        self.latent_shape: tuple[int, ...] | None = None  # (c, h, w), if known
 
     def of_images(self) -> "Decoder":
         """The same of images that are not encoded, with the fields of images."""
@@ -118,6 +118,7 @@ class Decoder:
                     sample[name] = decode(data, self.image_size, self.channels, *augmentation)
                 elif name == "latent":
                     sample[name] = array(data, 4)
+                    self._check_latent(sample[name])
                 else:
                     sample[name] = FIELDS[name][1](data)
         except Exception as error:  # Pillow and numpy raise many kinds
@@ -125,6 +126,12 @@ class Decoder:
         if not 0 <= sample.get("label", 0) < self.num_classes:
             raise BadSample(f"it has the class {sample['label']}, but data.num_classes={self.num_classes}")
         return sample
+
+    def _check_latent(self, moments: np.ndarray) -> None:
+        if self.latent_shape not in (None, moments.shape[1:]):
+            raise ValueError(f"its shape is {moments.shape}, not (K, {', '.join(map(str, self.latent_shape or ()))})")
+        if not np.isfinite(moments).all():
+            raise ValueError("it has numbers that are not finite")
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -9,10 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from dit.data import index
+from dit.data import caption, index, picture
+from dit.data.scan import Table
 from dit.data.store import DataError, Store
 
+MAX_FILE_BYTES = 2**28
+MAX_BYTES = {"image": picture.MAX_BYTES, "caption": caption.MAX_BYTES, "label": 20}
+
 Wanted = Mapping[str, tuple[str, ...]]  # by name: the extensions of which a sample has one
+
+
+class BadSample(DataError):
+    """A sample that cannot be used, though its files are there."""
 
 
 class Shards:
@@ -41,7 +49,7 @@ class Shards:
         self.stores = [Store(folder, cache, cache_bytes) for folder in folders]
         self.places = [Store(place) for place in indices or folders]
         self.keep = 256  # tables
-        self._tables: OrderedDict[int, index.Table] = OrderedDict()
+        self._tables: OrderedDict[int, Table] = OrderedDict()
         self._spots: dict[int, dict[tuple[tuple[str, ...], ...], np.ndarray]] = {}
 
     @cached_property
@@ -80,20 +88,27 @@ class Shards:
         """Files of a sample, all of which it must have.
 
         Raises:
+            BadSample: if one is too large.
             DataError: if the shard cannot be read, or is not the one that was indexed.
         """
-        spots = self._spots_of(shard, tuple(wanted.values()))[sample]
-        return dict(zip(wanted, self._read(shard, spots.tolist()), strict=True))
+        spots = self._spots_of(shard, tuple(wanted.values()))[sample].tolist()
+        for name, (_, size) in zip(wanted, spots, strict=True):
+            if size > (most := MAX_BYTES.get(name, MAX_FILE_BYTES)):
+                raise BadSample(f"its {name} has {size:,} bytes; at most {most:,} are read")
+        return dict(zip(wanted, self._read(shard, spots), strict=True))
 
     def whole(self, shard: int, sample: int) -> dict[str, bytes]:
         """All files of a sample, by their extensions.
 
         Raises:
+            BadSample: if one is too large.
             DataError: if the shard cannot be read, or is not the one that was indexed.
         """
         found = self._table(shard)
         there = np.flatnonzero(found.offsets[sample] >= 0)
         spots = np.stack([found.offsets[sample, there], found.sizes[sample, there]], axis=1)
+        if spots[:, 1].max() > MAX_FILE_BYTES:
+            raise BadSample(f"it has a file of {spots[:, 1].max():,} bytes; at most {MAX_FILE_BYTES:,} are read")
         return dict(zip([found.extensions[i] for i in there], self._read(shard, spots.tolist()), strict=True))
 
     def prefetch(self, shard: int) -> None:
@@ -117,7 +132,7 @@ class Shards:
     def _url(self, shard: int) -> str:
         return self.stores[self.sources[shard]].url(self.all[shard].name)
 
-    def _table(self, shard: int) -> index.Table:
+    def _table(self, shard: int) -> Table:
         if shard not in self._tables:
             self._tables[shard] = index.table(self.places[self.sources[shard]], self.all[shard])
             if len(self._tables) > self.keep:

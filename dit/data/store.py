@@ -3,26 +3,29 @@
 import contextlib
 import fcntl
 import fnmatch
-import functools
 import hashlib
 import io
 import os
+import queue
 import random
 import re
 import shutil
 import tempfile
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 SCHEMES = ("s3", "gs", "gcs", "https", "http", "hf", "memory")
 HINTS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "https": "aiohttp", "http": "aiohttp", "hf": "huggingface_hub"}
-ATTEMPTS = 6
-FIRST_PAUSE_SECONDS = 0.1  # doubled after each attempt
+ATTEMPTS, ATTEMPTS_WHILE_TRAINING = 6, 18  # three seconds, and about ten minutes
+FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.1, 60.0  # doubled after each attempt
 MAX_OPEN = 256  # files
+PREFETCHERS = 2
+STALE_SECONDS = 86400  # after which what a killed process has left of a file is removed
 
 Result = TypeVar("Result")
 
@@ -62,7 +65,7 @@ class Store:
         if self.remote:
             self._filesystem()
         self._open: OrderedDict[tuple[str, str], io.FileIO] = OrderedDict()  # closed when they are forgotten
-        self._fetching: dict[str, Future[Path]] = {}
+        self._wishes: queue.SimpleQueue[tuple[str, int, str]] | None = None
 
     def url(self, name: str) -> str:
         """Where a file is."""
@@ -74,6 +77,8 @@ class Store:
         Raises:
             ValueError: if there is none.
         """
+        if "/" in pattern:
+            raise ValueError(f"shards={pattern}: give the names of files in {self.folder}, not in folders below it")
         if "{" in pattern:
             from braceexpand import braceexpand
 
@@ -129,44 +134,52 @@ class Store:
             self._open.move_to_end((name, sha256))
             return self._open[name, sha256].fileno()
         while True:
-            path = self._fetched(name, size, sha256) if self.remote else Path(self.url(name))
+            path = self._fetch(name, size, sha256, ATTEMPTS_WHILE_TRAINING) if self.remote else Path(self.url(name))
             try:
                 file = io.FileIO(path)
-                break
             except FileNotFoundError as error:
-                if not self.remote:  # else another process has just made room
-                    raise DataError(f"the shard {path} is missing") from error
+                if self.remote:  # another process has just made room
+                    continue
+                raise DataError(f"the shard {path} is missing") from error
             except OSError as error:
                 raise DataError(f"the shard {path} cannot be read: {error}") from error
-        if (found := os.fstat(file.fileno()).st_size) != size:
-            raise DataError(
-                f"the shard {path} has {found} bytes instead of {size}: it was changed since it was indexed"
-            )
+            if (found := os.fstat(file.fileno()).st_size) == size:
+                break
+            if not self.remote:
+                raise DataError(
+                    f"the shard {path} has {found} bytes instead of {size}: it was changed since it was indexed"
+                )
+            path.unlink(missing_ok=True)  # a machine that lost power, perhaps
+        if self.remote:  # what was removed to make room takes room as long as it is open
+            for key in [key for key, old in self._open.items() if not os.fstat(old.fileno()).st_nlink]:
+                del self._open[key]
         self._open[name, sha256] = file
         if len(self._open) > MAX_OPEN:
             self._open.popitem(last=False)
         return file.fileno()
 
     def prefetch(self, name: str, size: int, sha256: str) -> None:
-        """Begin to fetch a file that will be opened soon."""
-        if self.remote and (name, sha256) not in self._open and name not in self._fetching:
-            self._fetching[name] = self._pool.submit(self._fetch, name, size, sha256)
+        """Begin to fetch a file that will be opened soon; if that fails, opening it tries again."""
+        if not self.remote or (name, sha256) in self._open:
+            return
+        if self._wishes is None:
+            self._wishes = queue.SimpleQueue()
+            for _ in range(PREFETCHERS):  # daemons, for which the end of a process does not wait
+                threading.Thread(target=self._grant, args=(self._wishes,), daemon=True).start()
+        self._wishes.put((name, size, sha256))
+
+    def _grant(self, wishes: "queue.SimpleQueue[tuple[str, int, str]]") -> None:
+        while True:
+            name, size, sha256 = wishes.get()
+            with contextlib.suppress(Exception):
+                self._fetch(name, size, sha256, 1)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a process: open files, threads."""
-        return {**self.__dict__, "_open": OrderedDict(), "_fetching": {}}
+        return {**self.__dict__, "_open": OrderedDict(), "_wishes": None}
 
-    @functools.cached_property
-    def _pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(2, thread_name_prefix="prefetch")
-
-    def _fetched(self, name: str, size: int, sha256: str) -> Path:
+    def _fetch(self, name: str, size: int, sha256: str, attempts: int) -> Path:
         """Where a file is in the cache, fetched if it is not there."""
-        if name in self._fetching:
-            self._fetching.pop(name).result()
-        return self._fetch(name, size, sha256)
-
-    def _fetch(self, name: str, size: int, sha256: str) -> Path:
         self.cache.mkdir(parents=True, exist_ok=True)
         path = self.cache / f"{sha256}.tar"
         if self._used(path):
@@ -175,9 +188,9 @@ class Store:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one process fetches, the others wait
             if self._used(path):
                 return path
-            partial = path.with_suffix(f".{os.getpid()}.tmp")
+            partial = path.with_suffix(f".{uuid4().hex[:12]}.tmp")
             try:
-                self._again(lambda: self._download(name, partial, size, sha256), self.url(name))
+                self._again(lambda: self._download(name, partial, size, sha256), self.url(name), attempts)
                 self._make_room(size)
                 partial.replace(path)
             except FileNotFoundError as error:
@@ -189,6 +202,7 @@ class Store:
     def _download(self, name: str, partial: Path, size: int, sha256: str) -> None:
         self._filesystem().get_file(self.url(name), str(partial))
         with partial.open("rb") as file:
+            os.fsync(file.fileno())
             if partial.stat().st_size != size or hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                 raise OSError("what came is not the shard of the index")
 
@@ -203,6 +217,10 @@ class Store:
     def _make_room(self, size: int) -> None:
         """Remove what was not used for longest, until so many more bytes fit."""
         kept = []
+        for stale in (*self.cache.glob("*.tmp"), *self.cache.glob("borrowed.*")):
+            with contextlib.suppress(OSError):
+                if time.time() - stale.stat().st_mtime > STALE_SECONDS:
+                    shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         for path in self.cache.glob("*.tar"):
             with contextlib.suppress(FileNotFoundError):
                 kept.append((path.stat().st_mtime, path.stat().st_size, path))
@@ -223,15 +241,18 @@ class Store:
         except ImportError as error:
             raise ImportError(f"{self.folder} needs {HINTS[self.scheme]}: pip install {HINTS[self.scheme]}") from error
 
-    def _again(self, function: Callable[[], Result], url: str) -> Result:
-        """The result of a function that may fail for a while; but not of a file that is not there."""
-        for attempt in range(ATTEMPTS):
+    def _again(self, function: Callable[[], Result], url: str, attempts: int = ATTEMPTS) -> Result:
+        """The result of a function that may fail for a while; but not of a file that is not there, or is forbidden."""
+        for attempt in range(1, attempts + 1):
             try:
                 return function()
             except FileNotFoundError:
-                raise  # as it is no fault of the moment
+                raise
             except Exception as error:  # each store raises its own kinds
-                if attempt == ATTEMPTS - 1:
-                    raise DataError(f"{url} cannot be fetched, {ATTEMPTS} times tried: {error}") from error
-                time.sleep(FIRST_PAUSE_SECONDS * 2**attempt * (0.5 + random.random()))
+                if attempt == attempts or isinstance(error, PermissionError):
+                    raise DataError(f"{url} cannot be fetched, {attempt} times tried: {error}") from error
+                pause = min(MAX_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** (attempt - 1)) * (0.5 + random.random())
+                if pause > 5:
+                    print(f"dit: WARNING: {url} cannot be fetched ({error}); again in {pause:.0f} s", flush=True)
+                time.sleep(pause)
         raise AssertionError

@@ -1,8 +1,9 @@
 """Indexed tar shards as endless batches whose order is a pure function, and that go on at any step."""
 
+import math
 import signal
-from collections.abc import Callable, Generator, Iterator, Sequence
-from itertools import chain, count
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class Stream(Source):
         index: the folder of the index, or several, if it does not lie beside the shards.
         cache: where shards of a URL are kept; None: ~/.cache/dit.
         cache_gb: how much of them, in 10^9 bytes.
-        max_bad: the share of the samples that may be bad; more of them, or 100 in a row, end the run.
+        max_bad: the share of the samples that may be bad; more of them, beyond chance, or 100 in a row, end the run.
         num_workers: processes that read and decode; 0 for none beside the training process.
 
     Raises:
@@ -107,6 +108,7 @@ class Stream(Source):
         self.max_bad = max_bad
         indices = [index] if isinstance(index, str) else list(index) if index else None
         self.shards = Shards(paths, indices, cache, int(cache_gb * 1e9))
+        self._others: dict[str, Shards] = {}  # by their split
 
     def check(self, batch_size: int = 1, lanes: int = 1, world_size: int = 1) -> None:
         """Check the shards against their index, and that every sample has all that is read of it."""
@@ -119,7 +121,8 @@ class Stream(Source):
                     f"out={store.folder} writes it"
                 )
         self.ordered(batch_size, 0, lanes)
-        self._check_cache(len(share(lanes, 0, world_size)))
+        share(lanes, 0, world_size)
+        self._check_cache(lanes)
         again = "; of an older version, delete the folder and it is packed again" if self._pack else ""
         abouts = [{k: v for k, v in found.about.items() if k in ("latent", "text")} for found in self.shards.indices]
         if any(about != abouts[0] for about in abouts):
@@ -132,12 +135,12 @@ class Stream(Source):
         for place, found in zip(self.shards.places, self.shards.indices, strict=True):
             for flip in {False, self.flip and self.decoder.encoded}:
                 check_files(place, found.shards, self.decoder.files(flip), again)
+        self.decoder.latent_shape = tuple(self.about["latent"]["shape"]) if self.decoder.encoded else None
         if self.held_out:
-            found = index.read(self.held_out)
-            wanted = self.decoder.of_images().files()
+            held_out, wanted = self._of("held_out"), self.decoder.of_images().files()
             if not self.has_images("held_out"):
                 wanted.pop("image")
-            check_files(Store(self.held_out), found.shards, wanted, again)
+            check_files(held_out.places[0], held_out.all, wanted, again)
 
     def _check_cache(self, lanes: int) -> None:
         """See whether what is read at a time fits into the cache."""
@@ -197,20 +200,23 @@ class Stream(Source):
         Raises:
             DataError: with a list of them, if there are too many.
         """
-        total, bad = self.shards.total, dict[str, str]()
+        seen = replaced = 0
+        bad: dict[str, str] = {}
         for batch in batches:
-            in_a_row = batch.pop("in_a_row")
+            if "error" in batch:
+                raise DataError(batch["error"])
             for where, reason in batch.pop("bad"):
+                replaced += 1
                 if where not in bad:
                     bad[where] = reason
                     print(f"dit: WARNING: {where}: {reason}; replaced by the next, {len(bad)} so far", flush=True)
-            if len(bad) > self.max_bad * total or in_a_row >= MAX_IN_A_ROW:
-                listed = "".join(f"\n  {where}: {reason}" for where, reason in list(bad.items())[:LISTED])
-                more = f"\n  and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
+            seen += len(batch["key"])
+            allowed = self.max_bad * seen
+            if replaced > allowed + 3 * math.sqrt(allowed) + 3:  # more than chance makes of the share
                 raise DataError(
-                    f"too many samples cannot be used, {len(bad)} of {total:,} so far (data.max_bad={self.max_bad}, or "
-                    f"{MAX_IN_A_ROW} in a row): mend them, leave them out with dit pack, or raise data.max_bad"
-                    f"{listed}{more}"
+                    f"too many samples cannot be used, {replaced:,} of {seen:,} that were read since this start, more "
+                    f"than data.max_bad={self.max_bad} allows: mend them, leave them out by dit pack, or raise it"
+                    + _listed(bad.items())
                 )
             yield batch
 
@@ -223,7 +229,12 @@ class Stream(Source):
         folder = self.held_out if split == "held_out" else self.images
         if folder is None and split == "held_out":
             raise ValueError("data.held_out=null: give the folder of these images, which evaluation needs")
-        return Shards([folder]) if folder else self.shards
+        if folder is None:
+            return self.shards
+        if split not in self._others:
+            store = self.shards.stores[0]
+            self._others[split] = Shards([folder], None, store.cache, store.cache_bytes)
+        return self._others[split]
 
     def _files(self, split: str) -> Iterator[tuple[str, str, dict[str, bytes]]]:
         """The shard, the key and the files of all samples of a split."""
@@ -242,11 +253,12 @@ def check_files(place: Store, shards: Sequence[index.Shard], wanted: Wanted, aga
         ValueError: naming the first sample that has not, with the way out.
     """
     for name, extensions in wanted.items():
-        way_out = f": give data.fields without {name}, or leave such samples out by dit index lenient=true{again}"
+        leave = f"leave such samples out by dit index path={place.folder} lenient=true"
+        way_out = f": give data.fields without {name}, or {leave} 'fields=[{name}]'{again}"
         if extensions == (FLIPPED,):
-            way_out = ": encode again with flip=true, or take data.flip=false"
+            way_out = ": encode again with data.flip=true, or take data.flip=false"
         elif name in ("image", "latent"):
-            way_out = ": leave such samples out by dit index lenient=true"
+            way_out = f": {leave}"
         index.check_files(place, shards, extensions, name, way_out)
 
 
@@ -258,21 +270,23 @@ class _Steps(Dataset):
         self.remote = any(store.remote for store in stream.shards.stores)
 
     def __getitem__(self, step: int) -> dict[str, Any]:
-        """Batch, with `bad`, what was replaced and why, and `in_a_row`, the longest row of such samples."""
+        """Batch, with `bad`, what was replaced and why; or `error`, as a worker's own would come with its traceback."""
+        try:
+            return self._batch(step)
+        except (DataError, ValueError) as error:
+            return {"error": str(error)}
+
+    def _batch(self, step: int) -> dict[str, Any]:
         samples: list[dict[str, Any]] = []
         bad: list[tuple[str, str]] = []
-        longest = in_a_row = 0
         for lane in self.lanes:
             if self.remote:
                 for shard in self.order.coming(step, lane):
                     self.stream.shards.prefetch(shard)
             chance = uniform([AUGMENTATION, self.order.seed, step, lane], self.order.rows, 3)
             for row, place in enumerate(zip(*(part.tolist() for part in self.order.at(step, lane)), strict=True)):
-                before = len(bad)
                 samples.append(self._sample(step, lane, row, place, chance[row].tolist(), bad))
-                in_a_row = in_a_row + 1 if len(bad) > before else 0
-                longest = max(longest, in_a_row, len(bad) - before)
-        return {**collate(samples), "bad": bad, "in_a_row": longest}
+        return {**collate(samples), "bad": bad}
 
     def _sample(
         self, step: int, lane: int, row: int, place: tuple[int, int], chance: list[float], bad: list[tuple[str, str]]
@@ -283,16 +297,19 @@ class _Steps(Dataset):
         middle = (0.5, 0.5)
         augmentation = Augmentation((chance[1], chance[2]) if stream.random_crop else middle, flip)
         wanted = stream.decoder.files(flip)
-        for tried, (shard, sample) in enumerate(chain([place], self.order.instead(step, lane, row))):
-            files = stream.shards.files(shard, sample, wanted)
+        for shard, sample in islice(chain([place], self.order.instead(step, lane, row)), MAX_IN_A_ROW):
             try:
+                files = stream.shards.files(shard, sample, wanted)
                 return stream.decoder(stream.shards.key(shard, sample), files, augmentation)
             except BadSample as error:
                 bad.append((stream.shards.where(shard, sample), str(error)))
-            if tried + 1 >= MAX_IN_A_ROW:
-                break
-        listed = "".join(f"\n  {where}: {reason}" for where, reason in bad[-LISTED:])
-        raise DataError(f"{tried + 1} samples in a row cannot be used:{listed}")
+        raise DataError(f"{MAX_IN_A_ROW} samples in a row cannot be used:" + _listed(bad[-MAX_IN_A_ROW:]))
+
+
+def _listed(bad: Iterable[tuple[str, str]]) -> str:
+    """Bad samples, a line each."""
+    lines = [f"\n  {where}: {reason}" for where, reason in bad]
+    return "".join(lines[:LISTED]) + (f"\n  and {len(lines) - LISTED} more" if len(lines) > LISTED else "")
 
 
 def leave_signals_to_the_parent(worker: int) -> None:

@@ -157,8 +157,16 @@ class _Batches(IterableDataset):
 
         for epoch in itertools.count():
             order = permutation([self.seed, self.first_step, epoch], len(self.shards))
-            samples = self.data.samples([self.shards[i] for i in order[reader::readers]])
-            yield from shuffle(self.data.shuffle_buffer, initial=self.data.shuffle_buffer, rng=rng)(samples)
+            own = [self.shards[i] for i in order[reader::readers]]
+            samples = self.data.samples(own)
+            some = False
+            for sample in shuffle(self.data.shuffle_buffer, initial=self.data.shuffle_buffer, rng=rng)(samples):
+                some = True
+                yield sample
+            if not some:
+                raise DataError(
+                    f"there is no sample in {', '.join(str(self.shards[i]) for i in order[reader::readers])}"
+                )
 
 
 def _shards(folder: str) -> list[Path]:

@@ -2,30 +2,36 @@
 
 import io
 import itertools
-import os
 import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from uuid import uuid4
 
 from dit.data import index
+from dit.data.scan import scan
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> index.Shard:
     """Write samples, (key, files by their extension), as one tar with its table; it appears whole or not.
 
     The same samples give the same bytes.
+
+    Raises:
+        ValueError: if there is no sample, or a name is none that can be indexed.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    partial = path.with_name(f"{path.name}.{uuid4().hex[:12]}.tmp")
     with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as tar:
         for key, files in samples:
             for extension, data in files.items():
                 member = tarfile.TarInfo(f"{key}.{extension}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
-    found, damages = index.scan(partial)
-    assert not damages, damages
+    found, damages = scan(partial)
+    if damages:
+        partial.unlink()
+        raise ValueError(f"{path} cannot be written: {damages[0]}")
     partial.replace(path)
     return index.save(path.parent, path, found)
 

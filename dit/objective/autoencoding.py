@@ -89,7 +89,8 @@ class Autoencoding(Objective):
             yield "denoiser", loss
             return
         deceit = -self.discriminator(y).float().mean()
-        balance = _balance(errors, deceit, network.decoder.conv_out.weight)
+        # That of latent diffusion is of sums over an image, where these are means.
+        balance = _balance(errors * x[0].numel(), deceit, network.decoder.conv_out.weight) / x[0].numel()
         yield "denoiser", loss + self.adversarial_weight * balance * deceit
         real, made = self.discriminator(x).float(), self.discriminator(y.detach()).float()
         yield "discriminator", (F.relu(1 - real).mean() + F.relu(1 + made).mean()) / 2

@@ -4,6 +4,7 @@ import io
 import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from dit.data import index
 from dit.data.caption import caption
 from dit.data.image import decode
 from dit.data.sample import FLIPPED, IMAGE_EXTENSIONS, LATENT
-from dit.data.shards import Shards
+from dit.data.scan import Damage
+from dit.data.shards import BadSample, Shards
 from dit.data.store import DataError, Store
 from dit.data.writer import write_shard
 from dit.latent.latent import Latent
@@ -98,63 +100,103 @@ class Encoding:
             raise ValueError(f"out={out} holds shards of another kind: choose another out")
         out.mkdir(parents=True, exist_ok=True)
         index.replace(out / PLAN, (json.dumps(plan, indent=1) + "\n").encode())
+        self._lost = self._count_lost()
 
     def one(self, number: int) -> None:
         """Encode the shard of a number, unless it is there.
 
         Raises:
-            DataError: if too many of its samples are bad.
+            DataError: if too many samples of all are bad.
         """
+        self._check_lost()
         if self._done(number):
             return
-        bad: list[index.Damage] = []
-        write_shard(self.out / _name(number), self._samples(number, bad))
-        if bad:
-            lines = "".join(json.dumps(damage._asdict()) + "\n" for damage in bad)
-            index.replace(self.out / f"{number:06d}.left_out.jsonl", lines.encode())
-        if len(bad) > self.max_bad * self.shards.total:
+        for stale in self.out.glob(f"{number:06d}.*.tmp"):
+            stale.unlink()
+        bad: list[Damage] = []
+        samples = self._samples(number, bad)
+        if (first := next(samples, None)) is not None:
+            write_shard(self.out / _name(number), chain([first], samples))
+        lines = "".join(json.dumps(damage._asdict()) + "\n" for damage in bad)
+        index.replace(self._left_out(number), lines.encode())  # last: it says that the shard is done
+        self._lost += len(bad)
+        self._check_lost()
+
+    def _check_lost(self) -> None:
+        if self._lost > self.max_bad * self.shards.total:
+            files = [path for path in sorted(self.out.glob("*.left_out.jsonl")) if path.stat().st_size]
+            first = json.loads(files[0].read_text().splitlines()[0])
             raise DataError(
-                f"{len(bad)} samples of {bad[0].shard} cannot be read, of {self.shards.total:,} in all, more than "
-                f"data.max_bad={self.max_bad} allows; the first is {bad[0].sample}: {bad[0].reason}"
+                f"{self._lost:,} of {self.shards.total:,} samples cannot be encoded, more than data.max_bad="
+                f"{self.max_bad} allows; the first is {first['sample']} of {first['shard']}: {first['reason']}; "
+                f"all: {self.out}/*.left_out.jsonl. Mend them by dit pack, or raise it to go on without them"
             )
 
     def commit(self) -> index.Index | None:
-        """Write the manifest if all shards are there; None if some are not yet."""
-        names = [_name(number) for number in range(len(self.shards.all))]
-        if not all(map(self._done, range(len(names)))):
+        """Write the manifest if all shards are there; None if some are not yet.
+
+        Raises:
+            DataError: if too many samples of all are bad.
+        """
+        if not all(map(self._done, range(len(self.shards.all)))):
             return None
-        place = Store(str(self.out))
-        found = [index.load(place, name)[0] for name in names]
-        lost = self.shards.total - sum(shard.samples for shard in found)
-        return index.commit(self.out, found, {**self.about, **({"left_out": lost} if lost else {})})
+        self._lost = self._count_lost()
+        self._check_lost()
+        names = [path.name for path in sorted(self.out.glob("*.tar"))]
+        found = [index.load(Store(str(self.out)), name)[0] for name in names]
+        return index.commit(self.out, found, {**self.about, **({"left_out": self._lost} if self._lost else {})})
+
+    def _left_out(self, number: int) -> Path:
+        return self.out / f"{number:06d}.left_out.jsonl"
+
+    def _count_lost(self) -> int:
+        return sum(path.read_bytes().count(b"\n") for path in self.out.glob("*.left_out.jsonl"))
 
     def _done(self, number: int) -> bool:
+        if not self._left_out(number).exists():
+            return False
+        lost = self._left_out(number).read_bytes().count(b"\n")
+        if lost == self.shards.all[number].samples:
+            return True
         path = self.out / _name(number)
         try:
-            return path.exists() and index.load(Store(str(self.out)), path.name)[0].bytes == path.stat().st_size
+            shard, _ = index.load(Store(str(self.out)), path.name)
+            return path.exists() and (shard.bytes, shard.samples + lost) == (
+                path.stat().st_size,
+                self.shards.all[number].samples,
+            )
         except ValueError:
             return False
 
-    def _samples(self, number: int, bad: list[index.Damage]) -> Iterator[tuple[str, Mapping[str, bytes]]]:
+    def _samples(self, number: int, bad: list[Damage]) -> Iterator[tuple[str, Mapping[str, bytes]]]:
         """The encoded samples of a shard; those that cannot be read are noted."""
         with ThreadPoolExecutor(self.num_threads) as pool:
             total = self.shards.all[number].samples
             for first in range(0, total, self.batch_size):
                 some = range(first, min(first + self.batch_size, total))
-                read = [(self.shards.key(number, sample), self.shards.whole(number, sample)) for sample in some]
+                read = list(map(self._read, repeat(number), some))
                 good = []
                 for (key, files), image in zip(read, pool.map(self._image, read), strict=True):
                     if isinstance(image, Tensor):
                         good.append((key, files, image))
                     else:
-                        bad.append(index.Damage(self.shards.all[number].name, key, image))
+                        bad.append(Damage(self.shards.all[number].name, key, image))
                 if good:
                     yield from self._encoded(*map(list, zip(*good, strict=True)))
+
+    def _read(self, number: int, sample: int) -> tuple[str, dict[str, bytes]]:
+        """The key and the files of a sample; none, if one is too large."""
+        try:
+            return self.shards.key(number, sample), self.shards.whole(number, sample)
+        except BadSample:
+            return self.shards.key(number, sample), {}
 
     def _image(self, read: tuple[str, dict[str, bytes]]) -> Tensor | str:
         """The image of a sample, or why there is none."""
         _, files = read
         try:
+            if not files:
+                return "it has a file that is too large"
             data = next(files[extension] for extension in IMAGE_EXTENSIONS if extension in files)
             if self.text is not None:
                 caption(files["txt"])

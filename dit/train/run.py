@@ -71,6 +71,8 @@ class Run:
         self.latent = self.parts.latent()
         if self.data.about:
             check_encoded(self.data.about, self.latent, cfg.data.image_size, cfg.data.path)
+            if (text := self.data.about.get("text", {}).get("name")) != cfg.condition.get("name", text):
+                print(f"dit: WARNING: captions were read by {text}, but prompts will be by {cfg.condition.name}")
         if cfg.metric:
             check(build(cfg.metric), self.parts.subject(denoiser, self.latent, seed=cfg.seed, batch_size=1))
         self.folder = Path(cfg.runs_dir) / cfg.run
