@@ -149,7 +149,7 @@ def test_damage_is_named_or_left_out(tmp_path, capsys, members, message, kept):
     found = index.write(tmp_path, require=[["txt"]], lenient=True)
     names = [key.decode() for shard in found.shards for key in index.table(Store(str(tmp_path)), shard).keys]
     assert sorted(names) == sorted([*kept, "good"])
-    assert found.about["left_out"] == 1 and "1 things were left out" in capsys.readouterr().out
+    assert found.about["left_out"] == 1 and "1 left out, the first" in capsys.readouterr().out
     [line] = (tmp_path / "left_out.jsonl").read_text().splitlines()
     assert json.loads(line)["shard"] == "bad.tar"
     assert index.read(tmp_path) == found
@@ -175,5 +175,36 @@ def test_hashes_of_keys_do_not_depend_on_their_width():
 def test_an_index_beside_other_shards_needs_a_place(tmp_path):
     with pytest.raises(ValueError, match=r"give out=<folder>"):
         index.write("memory://nowhere", shards="{0..1}.tar")
-    with pytest.raises(ValueError, match=r"has no manifest\.json: run dit index path=memory://nowhere out="):
+    with pytest.raises(
+        ValueError, match=r"has no manifest\.json of this version: run dit index path=memory://nowhere out="
+    ):
         index.read("memory://nowhere")
+
+
+def test_new_shards_of_an_indexed_folder_are_noticed(shards, tmp_path):
+    write_shard(shards / "more.tar", [("more", sample(0))])
+    with pytest.raises(ValueError, match=r"has shards that its index in .* lacks, more\.tar"):
+        index.read(shards)
+    assert len(index.write(shards).shards) == 6 and len(index.read(shards).shards) == 6
+
+
+def test_an_index_is_replaced_whole_or_not_at_all(shards):
+    before = {path.name: path.read_bytes() for path in shards.iterdir()}
+    tar(shards / "bad.tar", [*MEMBERS, ("0.txt", b"again")])
+    with pytest.raises(ValueError, match="occurs twice"):
+        index.write(shards)
+    (shards / "bad.tar").unlink()
+    assert {path.name: path.read_bytes() for path in shards.iterdir()} == before
+
+
+def test_other_samples_of_the_same_shards_have_another_fingerprint(tmp_path):
+    members = [m for m in MEMBERS if m[0] not in ("1.txt", "2.cls")]
+    tar(tmp_path / "a.tar", members)
+    first = index.write(tmp_path, require=[["txt"]], lenient=True).fingerprint
+    assert index.write(tmp_path, require=[["cls"]], lenient=True).fingerprint != first
+
+
+def test_names_of_every_script_are_taken(tmp_path):
+    names = ["\u6f22\u5b57\u3000x", "\u0915\u094d\u200d\u0937", "\U0001f468\u200d\U0001f469", "d/" * 150 + "deep"]
+    found, damages = scan(tar(tmp_path / "a.tar", [(f"{name}.png", png(1)) for name in names]))
+    assert not damages and [key.decode() for key in found.keys] == names

@@ -78,6 +78,9 @@ def launch(verb: str, command: ModuleType, arguments: Sequence[str]) -> int:
             command.tell_apart(cfg, "-".join(re.sub(r"[^\w.=-]", "_", o) for o in own))
         try:
             code = command.main(cfg)
+        except KeyboardInterrupt:
+            print("\ndit: stopped; the same command starts or goes on", file=sys.stderr)
+            code = 130
         except Exception as error:
             code = _exit_code(error)
         if code:
@@ -264,6 +267,17 @@ def check_choices(cfg: DictConfig, choices: dict[str, Sequence[Any]]) -> None:
     for key, allowed in choices.items():
         if (value := OmegaConf.select(cfg, key)) not in allowed:
             raise ConfigError(f"{key}={value}: choose one of {', '.join(map(str, allowed))}")
+
+
+def check_texts(cfg: DictConfig, keys: Sequence[str]) -> None:
+    """Values that must be given, as text.
+
+    Raises:
+        ConfigError: naming the key and its value.
+    """
+    for key in keys:
+        if not isinstance(value := OmegaConf.select(cfg, key), str) or not value:
+            raise ConfigError(f"{key}={'null' if value is None else value}: give a name or a path")
 
 
 def check_run_name(name: Any) -> None:

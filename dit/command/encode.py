@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dit.command.compose import ConfigError, check_choices, check_least, user_errors
+from dit.command.compose import ConfigError, check_choices, check_least, check_texts, user_errors
+from dit.data.index import MANIFEST
 from dit.data.parallel import each
 from dit.data.store import DataError
 
@@ -23,9 +24,10 @@ def check(cfg: DictConfig) -> None:
         ConfigError: naming the value and the way out.
     """
     check_least(cfg, {"batch_size": 1, "processes": 1, "task": 0, "tasks": 1})
+    check_texts(cfg, ["out"])
     check_choices(cfg, {"accelerator": ("auto", "cpu", "gpu"), "dtype": ("float32", "float16")})
     if cfg.task >= cfg.tasks:
-        raise ConfigError(f"task={cfg.task} is one of 0..{cfg.tasks - 1}, as tasks={cfg.tasks}")
+        raise ConfigError(f"task={cfg.task} must be one of 0..{cfg.tasks - 1}, as tasks={cfg.tasks}")
     if cfg.data.get("encoded") or cfg.data.get("crop", "centre") != "centre":
         raise ConfigError("encode shards of images, cropped in the centre: data.encoded=false data.crop=centre")
 
@@ -45,10 +47,10 @@ def main(cfg: DictConfig) -> int:
         gpus = 0 if cfg.accelerator == "cpu" else torch.cuda.device_count()
         encoding = _encoding(cfg, "cuda" if gpus else "cpu")
     total = len(encoding.shards.all)
-    print(
-        f"dit: {encoding.shards.total:,} samples in {total:,} shards, to be encoded by {encoding.latent.name}",
-        flush=True,
-    )
+    if (encoding.out / MANIFEST).exists():
+        print(f"{encoding.out} is complete: {encoding.shards.total:,} samples in {total:,} shards")
+        return 0
+    print(f"dit: {encoding.shards.total:,} samples in {total:,} shards, by {encoding.latent.name}", flush=True)
     processes = cfg.processes or max(1, gpus)
     if processes == 1:
         _encode(encoding, cfg, 0, 1)
@@ -65,7 +67,8 @@ def main(cfg: DictConfig) -> int:
     left_out = found.about.get("left_out", 0)
     print(f"  {'encoded':<12} {sum(shard.samples for shard in found.shards):,} samples in {total:,} shards")
     print(f"  {'left out':<12} {left_out:,}" + (f", listed in {encoding.out}/*.left_out.jsonl" if left_out else ""))
-    print(f"  {'train by':<12} data=latents data.path={encoding.out} latent.name={encoding.latent.name}")
+    flip = f"data.flip={str(cfg.data.flip).lower()}"
+    print(f"  {'train by':<12} data=latents data.path={encoding.out} {flip}; latent= and other data.* as here")
     return 0
 
 

@@ -1,11 +1,10 @@
 """dit index: where every file of every sample lies, and whether it is all there."""
 
 import os
-from pathlib import Path
 
 from omegaconf import DictConfig
 
-from dit.command.compose import check_least, user_errors
+from dit.command.compose import check_least, check_texts, user_errors
 from dit.data.store import DataError, Store
 
 VERBATIM = ("path", "out", "shards")
@@ -17,6 +16,7 @@ def check(cfg: DictConfig) -> None:
     Raises:
         ConfigError: naming the value and the way out.
     """
+    check_texts(cfg, ["path", "shards"])
     check_least(cfg, {"num_workers": 1})
 
 
@@ -63,7 +63,7 @@ def main(cfg: DictConfig) -> int:
         "files": ", ".join(f"{number:,} .{extension}" for extension, number in sorted(files.items())),
         "left out": f"{found.about.get('left_out', 0):,}",
         "fingerprint": found.fingerprint,
-        "index": f"{Path(place) / index.MANIFEST}",
+        "index": Store(str(place)).url(index.MANIFEST),
     }
     for name, value in lines.items():
         print(f"  {name:<12} {value}")

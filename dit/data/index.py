@@ -4,7 +4,6 @@ Beside each shard stands a table of its samples, `<shard>.index.npz`, and beside
 is the check of integrity; with them, any sample is read by a seek.
 """
 
-import errno
 import functools
 import hashlib
 import io
@@ -80,7 +79,13 @@ def write(
     if out is None and store.remote:
         raise ValueError(f"{folder} is remote, so the index needs a folder of its own: give out=<folder>")
     partial = target / f".index.{uuid4().hex[:12]}.tmp"
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(
+            f"{target} cannot be written to ({error.strerror}): give the index another folder, by dit index "
+            f"path={folder} out=<folder>, and for training data.index=<that folder>"
+        ) from error
     try:
         indexed, damages = [], []
         job = functools.partial(_indexed, store=store, target=partial, require=require)
@@ -104,7 +109,7 @@ def write(
         if damages:
             lines = [json.dumps(damage._asdict()) + "\n" for damage in damages]
             replace(target / "left_out.jsonl", "".join(lines).encode())
-            print(f"dit: {len(damages)} things are left out, the first {damages[0]}; all: {target / 'left_out.jsonl'}")
+            print(f"dit: {len(damages)} left out, the first {damages[0]}; all: {target / 'left_out.jsonl'}")
             about |= {"left_out": len(damages), "empty": empty}
         for shard in indexed:
             (partial / _table_name(shard.name)).replace(target / _table_name(shard.name))
@@ -165,6 +170,8 @@ def read(folder: str | Path, index: str | Path | None = None) -> Index:
     store, place = Store(str(folder)), Store(str(index or folder))
     if not store.remote and not Path(folder).is_dir():
         raise ValueError(f"the data folder {folder} does not exist: give the one that holds the .tar shards")
+    if not place.remote and not Path(place.folder).is_dir():
+        raise ValueError(f"data.index={index} does not exist: dit index path={folder} out={index} writes it")
     elsewhere = f"run dit index path={folder} out=<folder> once, and give data.index=<folder>"
     if (found := _parsed(place)) is None:
         if store.remote:
@@ -172,12 +179,7 @@ def read(folder: str | Path, index: str | Path | None = None) -> Index:
                 f"{index or folder} has no {MANIFEST} of this version: {elsewhere}, or copy it beside them"
             )
         print(f"dit: {folder} has no index of this version and is indexed now, once (dit index is faster)", flush=True)
-        try:
-            return write(folder, out=index)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise
-            raise ValueError(f"{folder} has no index and cannot be written to: {elsewhere}") from error
+        return write(folder, out=index)
     if not store.remote:
         _check_shards(Path(folder), place.url(MANIFEST), found.shards)
         _check_names(store, found, index or folder)
@@ -205,7 +207,8 @@ def table(place: Store, shard: Shard) -> Table:
     """
     described, found = load(place, shard.name)
     if described != shard:
-        raise ValueError(f"{place.url(_table_name(shard.name))} is not that of its shard: run dit index again=true")
+        url = place.url(_table_name(shard.name))
+        raise ValueError(f"{url} is not that of its shard: run dit index path={place.folder} again=true")
     return found
 
 
@@ -229,7 +232,9 @@ def load(place: Store, name: str) -> tuple[Shard, Table]:
             raise ValueError("files lie outside of the shard")
     except Exception as error:  # numpy and zipfile raise many kinds
         url = place.url(_table_name(name))
-        raise ValueError(f"{url} is missing or damaged ({error}): run dit index again=true") from error
+        reason = type(error).__name__  # numpy's words would advise to unpickle it
+        way_out = f"run dit index path={place.folder} again=true"
+        raise ValueError(f"{url} is missing or damaged ({reason}): {way_out}") from error
     return _described(name, size, sha256, found), found
 
 
@@ -338,7 +343,9 @@ def _parsed(place: Store) -> Index | None:
     """What the manifest says; None if there is none of this version."""
     try:
         manifest = json.loads(place.read(MANIFEST))
-        if manifest.pop("format", None) != FORMAT:
+        if (version := manifest.pop("format", 0)) != FORMAT:
+            if version > FORMAT:
+                raise ValueError(f"it is of a later version, {version}")
             return None
         manifest.pop("fingerprint")
         shards = [Shard(**shard) for shard in manifest.pop("shards")]

@@ -24,6 +24,7 @@ from dit.data.writer import write_shard
 PLAN, REPORT, CLASSES = "plan.json", "report.jsonl", "classes.json"
 BYTES_A_PIXEL = {"png": 2.0, "jpg": 0.5, "webp": 0.3}  # about, of images of another size
 MEMBER_BYTES = 4096  # about, of what stands beside an image
+MIN_SHARDS = 16  # as a run reads from several at a time, its trainer.lanes
 
 
 class Part(NamedTuple):
@@ -74,7 +75,7 @@ def pack(
         quality: of jpg and webp.
         shuffle: spread the samples over the shards in an order keyed by the seed, instead of as they are listed.
         seed: of that order, and of the choice of what is held out.
-        shard_bytes: about how large a shard is.
+        shard_bytes: about how large a shard is; smaller, so that there are 16.
         held_out: another folder of shards, for samples kept from training.
         num_held_out: how many.
         max_broken: the share of samples that may be left out.
@@ -190,6 +191,8 @@ def _split(samples: list[Sample], num_held_out: int, shuffle: bool, seed: int) -
 def _parts(folder: Path, samples: list[Sample], shard_bytes: int, form: Form) -> list[Part]:
     """The shards of a folder, cut by what the images are expected to need."""
     most = BYTES_A_PIXEL[form.format or "png"] * form.size**2 if form.size else math.inf
+    total = sum(min(sample.bytes, most) + MEMBER_BYTES for sample in samples)
+    shard_bytes = min(shard_bytes, math.ceil(total / MIN_SHARDS))
     cuts, filled = [0], 0.0
     for end, sample in enumerate(samples, 1):
         filled += min(sample.bytes, most) + MEMBER_BYTES

@@ -26,6 +26,7 @@ class Source(ABC):
         self.paths = paths
         self.held_out = held_out
         self.about: dict[str, Any] = {}  # of encoded shards, by what they were encoded
+        self.replaced = 0  # samples that could not be used, since the beginning of the process
         self._pack = pack
 
     @property
@@ -84,8 +85,6 @@ class Source(ABC):
         Raises:
             ValueError: if not.
         """
-        if self.held_out is None:
-            raise ValueError("data.held_out=null, but the metric needs held-out images: give a folder, or metric=none")
         for split, key in {"train": "images", "held_out": "held_out"}.items():
             if self.there and not self.has_images(split):
                 raise ValueError(f"the metric needs images, and the {split} shards have none: give data.{key}=<folder>")

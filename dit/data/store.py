@@ -1,6 +1,7 @@
 """A folder of files, local or behind a URL, and a bounded cache of what was fetched."""
 
 import contextlib
+import errno
 import fcntl
 import fnmatch
 import hashlib
@@ -249,6 +250,8 @@ class Store:
             except FileNotFoundError:
                 raise
             except Exception as error:  # each store raises its own kinds
+                if getattr(error, "errno", None) == errno.ENOSPC:
+                    raise DataError(f"there is no room left in {self.cache} for {url}") from error
                 if attempt == attempts or isinstance(error, PermissionError):
                     raise DataError(f"{url} cannot be fetched, {attempt} times tried: {error}") from error
                 pause = min(MAX_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** (attempt - 1)) * (0.5 + random.random())

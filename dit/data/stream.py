@@ -83,7 +83,10 @@ class Stream(Source):
         max_bad: float = 0.001,
         num_workers: int = 0,
     ):
-        paths = [path] if isinstance(path, str) else list(path)
+        paths, indices = _folders("path", path), _folders("index", index) if index is not None else None
+        for name, folder in {"held_out": held_out, "images": images}.items():
+            if folder is not None:
+                _folders(name, folder)
         super().__init__(Decoder(image_size, channels, num_classes, fields, encoded), paths, held_out, pack)
         for name, value, choices in [("crop", crop, CROPS), ("order", order, ORDERS)]:
             if value not in choices:
@@ -95,6 +98,10 @@ class Stream(Source):
             )
         if encoded and crop == "random":
             raise ValueError("data.crop=random, but encoded shards are cropped already: take data.crop=centre")
+        if len(set(paths)) < len(paths):
+            raise ValueError(f"data.path={paths} names a folder twice: take data.order=resampled and data.weights")
+        if max_bad > 1:
+            raise ValueError(f"data.max_bad={max_bad} is a share: give at most 1")
         for name, number, least in [("window", window, 1), ("num_workers", num_workers, 0), ("max_bad", max_bad, 0)]:
             if number < least:
                 raise ValueError(f"data.{name}={number} must be at least {least}")
@@ -106,7 +113,6 @@ class Stream(Source):
         self.window = window
         self.num_workers = num_workers
         self.max_bad = max_bad
-        indices = [index] if isinstance(index, str) else list(index) if index else None
         self.shards = Shards(paths, indices, cache, int(cache_gb * 1e9))
         self._others: dict[str, Shards] = {}  # by their split
 
@@ -212,6 +218,7 @@ class Stream(Source):
                     print(f"dit: WARNING: {where}: {reason}; replaced by the next, {len(bad)} so far", flush=True)
             seen += len(batch["key"])
             allowed = self.max_bad * seen
+            self.replaced = replaced
             if replaced > allowed + 3 * math.sqrt(allowed) + 3:  # more than chance makes of the share
                 raise DataError(
                     f"too many samples cannot be used, {replaced:,} of {seen:,} that were read since this start, more "
@@ -260,6 +267,18 @@ def check_files(place: Store, shards: Sequence[index.Shard], wanted: Wanted, aga
         elif name in ("image", "latent"):
             way_out = f": {leave}"
         index.check_files(place, shards, extensions, name, way_out)
+
+
+def _folders(name: str, value: Any) -> list[str]:
+    """One or several folders.
+
+    Raises:
+        ValueError: if they are none.
+    """
+    folders = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else []
+    if not folders or not all(isinstance(folder, str) and folder for folder in folders):
+        raise ValueError(f"data.{name}={'null' if value is None else value}: give a folder, a URL, or a list of them")
+    return folders
 
 
 class _Steps(Dataset):

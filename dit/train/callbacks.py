@@ -28,14 +28,24 @@ class Recorder(Callback):
         batch_size: images a step.
         every_steps: a line every so many steps, and after the last.
         tracker: gets every line too.
+        beside: what else a line says.
     """
 
-    def __init__(self, path: Path, max_steps: int, batch_size: int, every_steps: int, tracker: WandB | None):
+    def __init__(
+        self,
+        path: Path,
+        max_steps: int,
+        batch_size: int,
+        every_steps: int,
+        tracker: WandB | None,
+        beside: Callable[[], dict[str, Any]] = dict,
+    ):
         self.path = path
         self.max_steps = max_steps
         self.batch_size = batch_size
         self.every_steps = every_steps
         self.tracker = tracker
+        self.beside = beside
         self.last: dict[str, Any] = {}
         self.loss_sum = torch.zeros(())
         self.num_losses = 0
@@ -100,7 +110,7 @@ class Recorder(Callback):
         self._since, self._images = now, 0
 
         self.last = {"step": step, "images": step * self.batch_size, "loss": loss, "grad_norm": grad_norm, "lr": lr}
-        self.last["images_per_second"] = round(rate, 1)
+        self.last |= {"images_per_second": round(rate, 1), **self.beside()}
         with self.path.open("a") as file:
             file.write(json.dumps(self.last) + "\n")
         if self.tracker:

@@ -74,10 +74,11 @@ class Encoding:
         self.shards, self.latent, self.out, self.text = shards, latent, out, text
         self.image_size, self.channels, self.flip, self.keep_images = image_size, channels, flip, keep_images
         self.dtype, self.batch_size, self.num_threads, self.max_bad = dtype, batch_size, num_threads, max_bad
+        own = identity(latent)
         self.device = next(latent.parameters()).device
         self.about: dict[str, Any] = {
             "latent": {
-                **identity(latent),
+                **own,
                 "shape": list(latent.shape),
                 "image_size": image_size,
                 "flipped": flip,
@@ -94,10 +95,17 @@ class Encoding:
             }
         plan = {**self.about, "keep_images": keep_images, "batch_size": batch_size}
         if (out / PLAN).exists() and (before := json.loads((out / PLAN).read_text())) != plan:
-            other = ", ".join(f"{k}={before.get(k)}, now {plan.get(k)}" for k in plan if before.get(k) != plan.get(k))
+            other = ", ".join(f"{key} was {had}, now {now}" for key, had, now in _differing(before, plan))
             raise ValueError(f"out={out} holds shards that were encoded otherwise ({other}): choose another out")
         if not (out / PLAN).exists() and out.exists() and any(out.glob("*.tar")):
             raise ValueError(f"out={out} holds shards of another kind: choose another out")
+        for store in shards.stores:
+            if not store.remote:
+                one, two = Path(store.folder).resolve(), out.resolve()
+                if one.is_relative_to(two) or two.is_relative_to(one):
+                    raise ValueError(f"out={out} stands in {store.folder}, or this in that: choose another out")
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"out={out} is a file: choose a folder")
         out.mkdir(parents=True, exist_ok=True)
         index.replace(out / PLAN, (json.dumps(plan, indent=1) + "\n").encode())
         self._lost = self._count_lost()
@@ -231,6 +239,15 @@ class Encoding:
         file = io.BytesIO()
         np.save(file, np.ascontiguousarray(array, dtype=DTYPES[self.dtype]), allow_pickle=False)
         return file.getvalue()
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """What differs in two plans: the key, what it was, what it is."""
+    for key in now:
+        if isinstance(now[key], dict) and isinstance(before.get(key), dict):
+            yield from _differing(before[key], now[key])
+        elif now[key] != before.get(key):
+            yield key, before.get(key), now[key]
 
 
 def identity(latent: Latent) -> dict[str, str]:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # importing lightning takes seconds, which a mistake in the c
     from dit.train.module import DiffusionModule
     from dit.train.preemption import Preemption
 
-PROGRESS = {"step", "loss", "images_per_second"}  # the figures of a summary that no metric gave
+PROGRESS = {"step", "loss", "images_per_second", "replaced"}  # the figures of a summary that no metric gave
 
 
 class Run:
@@ -59,12 +59,14 @@ class Run:
         self.objective.check(denoiser)
         self._arrange(denoiser.network)
         self.tracker = build(cfg.logger)
-        self.data.check(cfg.trainer.batch_size, cfg.trainer.lanes)  # before the optimizer, whose making takes seconds
-        self.parts.condition.check(self.data.first() if self.data.there else None)
-        if cfg.metric:
-            self.data.check_images()
         if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
             raise ValueError("trainer.accelerator=gpu, but torch sees no GPU: choose trainer=cpu")
+        if cfg.metric and self.data.held_out is None:
+            raise ValueError("data.held_out=null, but the metric needs held-out images: give a folder, or metric=none")
+        self.data.check(cfg.trainer.batch_size, cfg.trainer.lanes)  # before the optimizer, whose making takes seconds
+        if cfg.metric:
+            self.data.check_images()
+        self.parts.condition.check(self.data.first() if self.data.there else None)
         build(cfg.optimizer)(denoiser.network.parameters())
         build(cfg.ema)(denoiser.network)
         self.num_parameters = sum(p.numel() for p in denoiser.network.parameters())
@@ -232,7 +234,12 @@ class Run:
             self.tracker.start(self.folder, self.resolved)
         preemption = Preemption()
         recorder = Recorder(
-            self.folder / "metrics.jsonl", options.max_steps, options.batch_size, options.log_every_steps, self.tracker
+            self.folder / "metrics.jsonl",
+            options.max_steps,
+            options.batch_size,
+            options.log_every_steps,
+            self.tracker,
+            lambda: {"replaced": self.data.replaced} if self.data.replaced else {},
         )
         columns = min(10, self.parts.condition.sizes.get("num_classes", 10))
         preview_of = self._preview_of(columns)
@@ -311,6 +318,7 @@ class Run:
                 "step": module.step,
                 "loss": recorder.last.get("loss"),
                 "images_per_second": round(recorder.images_per_second, 1),
+                **recorder.beside(),
             }
             with self._as_sampled(module, trainer):
                 self.parts.export(module.denoiser, self.data, self.folder)
