@@ -135,7 +135,7 @@ def test_what_was_encoded_otherwise_is_refused(config, shards, vae, tmp_path):
         Run(config(*run, f"latent.name={other}"))
     with pytest.raises(ValueError, match=r"latent=pixels encodes nothing"):
         Run(config(*run, "latent=pixels", "latent.channels=1"))
-    with pytest.raises(ValueError, match=r"no latent \(\.latent_flipped\.npy\).*encode again with flip=true"):
+    with pytest.raises(ValueError, match=r"no latent \(\.latent_flipped\.npy\).*encode again with data.flip=true"):
         Run(config(*run, f"latent.name={vae}", "data.flip=true"))
     with pytest.raises(ValueError, match=r"holds latents: take data=latents"):
         Run(config(*run, f"latent.name={vae}", "data.encoded=false"))
@@ -195,13 +195,24 @@ def test_bad_samples_are_left_out_up_to_a_share(vae, tmp_path):
     files = [sample(i) for i in range(40)]
     files[13]["png"] = b"no image"
     write_shards(tmp_path / "bad", files, 10)
-    with pytest.raises(DataError, match=r"1 samples of 000001\.tar cannot be read.*00000013"):
-        encoded(tmp_path / "bad", vae, tmp_path / "out")
+    for _ in range(2):  # starting again changes nothing
+        with pytest.raises(DataError, match=r"1 of 40 samples cannot be encoded.*00000013 of 000001\.tar"):
+            encoded(tmp_path / "bad", vae, tmp_path / "out")
     out = encoded(tmp_path / "bad", vae, tmp_path / "out", "data.max_bad=0.05")
     assert index.read(out).about["left_out"] == 1
     [line] = (out / "000001.left_out.jsonl").read_text().splitlines()
     assert json.loads(line)["sample"] == "00000013"
     assert [shard.samples for shard in index.read(out).shards] == [10, 9, 10, 10]
+
+
+def test_bad_samples_of_all_shards_count_together(vae, tmp_path):
+    files = [{**sample(i), **({"png": b"no image"} if i % 10 == 3 or 20 <= i < 30 else {})} for i in range(100)]
+    write_shards(tmp_path / "bad", files, 10)
+    with pytest.raises(DataError, match=r"1[0-9] of 100 samples cannot be encoded"):
+        encoded(tmp_path / "bad", vae, tmp_path / "out", "data.max_bad=0.1")
+    out = encoded(tmp_path / "bad", vae, tmp_path / "out", "data.max_bad=0.2")
+    found = index.read(out)
+    assert found.about["left_out"] == 19 and [shard.samples for shard in found.shards] == [9] * 9
 
 
 def test_images_may_be_kept_beside(config, shards, vae, tmp_path):
@@ -231,7 +242,7 @@ def test_a_vae_that_was_trained_anew_is_noticed(config, shards, tmp_path):
 
 @pytest.mark.parametrize(("overrides", "message"), [
     (["dtype=int8"], "dtype=int8: choose one of"),
-    (["task=3", "tasks=3"], r"task=3 is one of 0\.\.2"),
+    (["task=3", "tasks=3"], r"task=3 must be one of 0\.\.2"),
     (["data.encoded=true"], "encode shards of images"),
     (["data.path=/nowhere"], "/nowhere does not exist"),
     (["latent.name=/nowhere"], r"latent\.name=/nowhere"),

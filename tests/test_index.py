@@ -175,9 +175,7 @@ def test_hashes_of_keys_do_not_depend_on_their_width():
 def test_an_index_beside_other_shards_needs_a_place(tmp_path):
     with pytest.raises(ValueError, match=r"give out=<folder>"):
         index.write("memory://nowhere", shards="{0..1}.tar")
-    with pytest.raises(
-        ValueError, match=r"has no manifest\.json of this version: run dit index path=memory://nowhere out="
-    ):
+    with pytest.raises(ValueError, match=r"has no manifest\.json .*: run dit index path=memory://nowhere out="):
         index.read("memory://nowhere")
 
 

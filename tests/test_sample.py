@@ -120,7 +120,7 @@ def test_raw_and_averaged_weights_differ(runs, tmp_path):
     [
         ["guidance=autoguidance", "guidance.weak.run=weaker"],
         ["guidance=autoguidance", "guidance.weak.run=plain", "guidance.weak.step=3", "guidance.weak.weights=ema"],
-        ["guidance.scale=3", "guidance.interval=[0.2,0.8]"],
+        ["guidance.scale=30", "guidance.interval=[0.2,0.8]"],
         ["guidance.scale=3", "guidance.rescale=0.7"],
         ["guidance.scale=3", "guidance.clip=1"],
         ["guidance.scale=3", "guidance.dynamic_clip=0.95"],
