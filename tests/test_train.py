@@ -191,11 +191,13 @@ def test_another_configuration_under_the_same_name_is_refused(config):
 def test_other_data_under_the_same_name_is_refused_and_moved_data_is_not(config, digits_dir, tmp_path):
     import shutil
 
+    from dit.data.digits import pack
+
     train(config())
     shutil.copytree(digits_dir, tmp_path / "moved")
     assert len(train(config(f"data_dir={tmp_path}/moved", "trainer.max_steps=13"))) == 13
     shutil.rmtree(tmp_path / "moved" / "digits" / "train")
-    shutil.copytree(digits_dir / "digits" / "held_out", tmp_path / "moved" / "digits" / "train")
+    pack(tmp_path / "moved" / "digits" / "train", tmp_path / "other", samples_per_shard=150)
     with pytest.raises(ValueError, match="holds other shards than those run=digits was begun with"):
         Run(config(f"data_dir={tmp_path}/moved", "trainer.max_steps=14"))
 

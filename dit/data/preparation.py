@@ -61,7 +61,7 @@ def prepared(image: bytes, others: Mapping[str, bytes], source: str, form: Form)
     except (ValueError, TypeError, RecursionError) as error:
         raise Unusable("damaged", f"its .json: {error}") from error
     extension, data, (width, height) = _image(image, form)
-    told = {"width": width, "height": height, "source": source, **told}  # where it was packed before, as it was then
+    told = {"source": source, **told, "width": width, "height": height}  # its first source, if it was packed before
     return {extension: data, **others, "json": json.dumps(told).encode()}
 
 
