@@ -106,6 +106,7 @@ def write(
         if not indexed:
             raise ValueError(f"{folder} holds no sample")
         about: dict[str, Any] = {} if shards == "*.tar" else {"pattern": shards}
+        (target / "left_out.jsonl").unlink(missing_ok=True)  # of an index before
         if damages:
             lines = [json.dumps(damage._asdict()) + "\n" for damage in damages]
             replace(target / "left_out.jsonl", "".join(lines).encode())
