@@ -111,6 +111,11 @@ def test_what_differs_from_the_manifest_is_found(shards):
 
 def test_tables_that_are_missing_or_of_another_shard_are_named(shards):
     table = shards / "000001.index.npz"
+    whole = table.read_bytes()
+    table.unlink()
+    with pytest.raises(ValueError, match=r"000001\.index\.npz of the index is missing: run dit index path"):
+        index.read(shards)
+    table.write_bytes(whole)
     reader = Shards([str(shards)])
     assert len(reader.all) == 5
     table.write_bytes((shards / "000000.index.npz").read_bytes())

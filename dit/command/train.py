@@ -60,4 +60,5 @@ def main(cfg: DictConfig) -> int:
         from dit.train.run import Run
 
         run = Run(cfg)
+        run.prepare()
     return run.fit() or 0

@@ -183,6 +183,9 @@ def read(folder: str | Path, index: str | Path | None = None) -> Index:
         return write(folder, out=index)
     if not store.remote:
         _check_shards(Path(folder), place.url(MANIFEST), found.shards)
+        for shard in found.shards if not place.remote else ():
+            if not (path := Path(place.url(_table_name(shard.name)))).is_file():
+                raise ValueError(f"{path} of the index is missing: run dit index path={folder} again=true")
         _check_names(store, found, index or folder)
     return found
 

@@ -169,6 +169,16 @@ class Run:
         encoder = f" {identity(self.latent)['sha256'][:16]}" if self.latent.name else ""
         return self.data.fingerprint() + encoder
 
+    def prepare(self) -> None:
+        """Pack the data where they are not there yet, and check them then.
+
+        Raises:
+            ValueError: if they do not do.
+        """
+        if not self.data.there:
+            self.data.prepare()
+            self.data.check(self.cfg.trainer.batch_size, self.cfg.trainer.lanes)
+
     def fit(self) -> int | None:
         """Train to the end, evaluate, and write summary.json.
 
@@ -184,7 +194,7 @@ class Run:
                 print(f"dit: {self.folder} is complete at step {self.step}")
                 _report(self.folder, before)
                 return None
-            self.data.prepare()
+            self.prepare()
             print(
                 f"dit: {self.folder}: {f'going on from step {self.step}' if self.step else 'a new run'}, "
                 f"{self.num_parameters:,} parameters, {max_steps} steps of {self.cfg.trainer.batch_size} images"
