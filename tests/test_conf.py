@@ -141,7 +141,7 @@ def test_a_missing_name_is_asked_for():
         (["sampler=ddpm", "sampler.variance=learned"], "model.learn_sigma=true"),
         (["guidance=autoguidance", "guidance.weak.run=nope"], "run=nope: no such run"),
         (["trainer.micro_batch_size=100"], "choose one of [128, 64, 32, 16]"),
-        (["data=shards", "data.path=/nowhere"], "/nowhere does not exist"),
+        (["data=shards", "data.path=/nowhere", "metric=none"], "/nowhere does not exist"),
         (["optimizer.betas=[2,3]"], "Invalid beta"),
         (["runs_dir=/proc/runs"], "/proc/runs"),
     ],
