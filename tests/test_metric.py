@@ -31,10 +31,11 @@ def test_frechet_distance_agrees_with_scipys_matrix_root():
 
 @pytest.mark.slow
 def test_the_judge_tells_good_samples_from_bad_ones(digits_dir):
-    from dit.data.webdataset import WebDataset
+    from dit.data.stream import Stream
 
-    data = WebDataset("", image_size=8, channels=1, num_classes=10)
-    train, held_out = (data.read(digits_dir / "digits" / name) for name in ("train", "held_out"))
+    path, held_out = (str(digits_dir / "digits" / name) for name in ("train", "held_out"))
+    data = Stream(path, image_size=8, channels=1, num_classes=10, held_out=held_out)
+    train, held_out = (data.read(split) for split in ("train", "held_out"))
     images, labels = train["image"], train["label"]
 
     def real(samples, asked=None):
