@@ -97,6 +97,12 @@ def test_samples_that_cannot_be_used_are_named(tmp_path, members, message):
         next(stream(tmp_path).batches(1, seed=0))
 
 
+def test_shards_without_samples_end_a_run(tmp_path):
+    tar(tmp_path / "0.tar", [])
+    with pytest.raises(DataError, match=r"there is no sample in .*0\.tar"):
+        next(stream(tmp_path).batches(1, seed=0))
+
+
 def test_folders_without_shards_are_named(tmp_path):
     with pytest.raises(ValueError, match="nowhere does not exist"):
         stream(tmp_path / "nowhere").check()
