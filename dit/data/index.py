@@ -18,7 +18,7 @@ from uuid import uuid4
 import numpy as np
 
 from dit.data.parallel import each
-from dit.data.scan import Damage, Table, scan
+from dit.data.scan import Damage, Table, lines, scan
 from dit.data.store import Store
 
 MANIFEST = "manifest.json"
@@ -108,8 +108,7 @@ def write(
         about: dict[str, Any] = {} if shards == "*.tar" else {"pattern": shards}
         (target / "left_out.jsonl").unlink(missing_ok=True)  # of an index before
         if damages:
-            lines = [json.dumps(damage._asdict()) + "\n" for damage in damages]
-            replace(target / "left_out.jsonl", "".join(lines).encode())
+            replace(target / "left_out.jsonl", lines(damages))
             print(f"dit: {len(damages)} left out, the first {damages[0]}; all: {target / 'left_out.jsonl'}")
             about |= {"left_out": len(damages), "empty": empty}
         for shard in indexed:

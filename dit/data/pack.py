@@ -19,7 +19,7 @@ from dit.data.parallel import each
 from dit.data.picture import MAX_BYTES
 from dit.data.preparation import Form, Unusable, prepared
 from dit.data.store import DataError, Store
-from dit.data.writer import write_shard
+from dit.data.writer import check_apart, write_shard
 
 PLAN, REPORT, CLASSES = "plan.json", "report.jsonl", "classes.json"
 BYTES_A_PIXEL = {"png": 2.0, "jpg": 0.5, "webp": 0.3}  # about, of images of another size
@@ -143,9 +143,7 @@ def _check_folders(sources: Sequence[Path], folders: Sequence[Path]) -> None:
     """Nothing may be written where something is read, or among other files."""
     for folder in folders:
         for other in [*sources, *(other for other in folders if other is not folder)]:
-            one, two = folder.resolve(), other.resolve()
-            if one.is_relative_to(two) or two.is_relative_to(one):
-                raise ValueError(f"{folder} stands in {other}, or this in that: give a folder of its own")
+            check_apart(folder, other)
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file: give a folder")
         here = {path.name for path in folder.iterdir() if path.suffix != ".tmp"} if folder.exists() else set()

@@ -1,8 +1,9 @@
 """What a tar file holds, and what is wrong with it."""
 
+import json
 import tarfile
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +40,11 @@ class Damage(NamedTuple):
 
     def __str__(self) -> str:
         return f"the shard {self.shard}{f', sample {self.sample}' if self.sample else ''}: {self.reason}"
+
+
+def lines(damages: Iterable[Damage]) -> bytes:
+    """A file that names them, a line of JSON each."""
+    return "".join(json.dumps(damage._asdict()) + "\n" for damage in damages).encode()
 
 
 def scan(path: Path, require: Sequence[Sequence[str]] = ()) -> tuple[Table, list[Damage]]:

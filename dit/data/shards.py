@@ -71,7 +71,7 @@ class Shards:
         """Of each shard the number of its folder."""
         return [number for number, found in enumerate(self.indices) for _ in found.shards]
 
-    @property
+    @cached_property
     def total(self) -> int:
         """The number of samples."""
         return sum(shard.samples for shard in self.all)

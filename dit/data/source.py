@@ -1,10 +1,14 @@
 """The interface of a set of training data."""
 
 import itertools
+import signal
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
 
 from dit.data.sample import Augmentation, BadSample, Decoder, collate
 
@@ -17,14 +21,26 @@ class Source(ABC):
         paths: the folders of the training shards.
         held_out: the folder of shards that are kept from training; None: there are none.
         pack: makes the first and the last of these where they are missing.
+        num_workers: processes that read and decode; 0 for none beside the training process.
+
+    Raises:
+        ValueError: if num_workers is less than 0.
     """
 
     def __init__(
-        self, decoder: Decoder, paths: list[str], held_out: str | None, pack: Callable[[Path, Path], None] | None
+        self,
+        decoder: Decoder,
+        paths: list[str],
+        held_out: str | None,
+        pack: Callable[[Path, Path], None] | None,
+        num_workers: int,
     ):
+        if num_workers < 0:
+            raise ValueError(f"data.num_workers={num_workers} must be at least 0")
         self.decoder = decoder
         self.paths = paths
         self.held_out = held_out
+        self.num_workers = num_workers
         self.about: dict[str, Any] = {}  # of encoded shards, by what they were encoded
         self.replaced = 0  # samples that could not be used, since the beginning of the process
         self._pack = pack
@@ -93,6 +109,20 @@ class Source(ABC):
     def _files(self, split: str) -> Iterator[tuple[str, str, dict[str, bytes]]]:
         """All samples of a split in order: as messages name it, the key, the files (images, not latents)."""
 
+    def _loader(
+        self, batches: Dataset[dict[str, Any]], steps: Iterable[int] | None = None
+    ) -> DataLoader[dict[str, Any]]:
+        """What reads whole batches in processes of their own, those of the steps if these are asked for."""
+        return DataLoader(
+            batches,
+            batch_size=None,
+            sampler=steps,
+            num_workers=self.num_workers,
+            prefetch_factor=2 if self.num_workers else None,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_leave_signals_to_the_parent,
+        )
+
     @abstractmethod
     def first(self) -> dict[str, Any]:
         """The first training sample that can be used, as a batch of one.
@@ -117,3 +147,9 @@ class Source(ABC):
         if not samples:
             raise ValueError(f"there is no sample that can be read among the {split} shards")
         return collate(samples)
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C and a scheduler's signals reach every process, but only the parent decides when to stop."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)

@@ -1,15 +1,13 @@
 """Indexed tar shards as endless batches whose order is a pure function, and that go on at any step."""
 
 import math
-import signal
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from dit.data import index
 from dit.data.order import WINDOW, Order, Resampled, Shuffled, share, uniform
@@ -87,7 +85,9 @@ class Stream(Source):
         for name, folder in {"held_out": held_out, "images": images}.items():
             if folder is not None:
                 _folders(name, folder)
-        super().__init__(Decoder(image_size, channels, num_classes, fields, encoded), paths, held_out, pack)
+        super().__init__(
+            Decoder(image_size, channels, num_classes, fields, encoded), paths, held_out, pack, num_workers
+        )
         for name, value, choices in [("crop", crop, CROPS), ("order", order, ORDERS)]:
             if value not in choices:
                 raise ValueError(f"data.{name}={value}: choose one of {', '.join(choices)}")
@@ -102,7 +102,7 @@ class Stream(Source):
             raise ValueError(f"data.path={paths} names a folder twice: take data.order=resampled and data.weights")
         if max_bad > 1:
             raise ValueError(f"data.max_bad={max_bad} is a share: give at most 1")
-        for name, number, least in [("window", window, 1), ("num_workers", num_workers, 0), ("max_bad", max_bad, 0)]:
+        for name, number, least in [("window", window, 1), ("max_bad", max_bad, 0)]:
             if number < least:
                 raise ValueError(f"data.{name}={number} must be at least {least}")
         self.images = images
@@ -111,7 +111,6 @@ class Stream(Source):
         self.order = order
         self.weights = weights
         self.window = window
-        self.num_workers = num_workers
         self.max_bad = max_bad
         self.shards = Shards(paths, indices, cache, int(cache_gb * 1e9))
         self._others: dict[str, Shards] = {}  # by their split
@@ -180,16 +179,8 @@ class Stream(Source):
         """Endless batches from the given step on, see `Source.batches`."""
         own = share(lanes, rank, world_size)
         self.shards.keep = 2 * len(own) * (self.window + 1)
-        loader = DataLoader(
-            _Steps(self, self.ordered(batch_size, seed, lanes), own),
-            batch_size=None,
-            sampler=count(first_step),
-            num_workers=self.num_workers,
-            prefetch_factor=2 if self.num_workers else None,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=leave_signals_to_the_parent,
-        )
-        return self._watched(iter(loader))
+        steps = _Steps(self, self.ordered(batch_size, seed, lanes), own)
+        return self._watched(iter(self._loader(steps, count(first_step))))
 
     def ordered(self, batch_size: int, seed: int, lanes: int) -> Order:
         """Which sample when."""
@@ -287,6 +278,7 @@ class _Steps(Dataset):
     def __init__(self, stream: Stream, order: Order, lanes: range):
         self.stream, self.order, self.lanes = stream, order, lanes
         self.remote = any(store.remote for store in stream.shards.stores)
+        self.wanted = {flip: stream.decoder.files(flip) for flip in (False, True)}
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         """Batch, with `bad`, what was replaced and why; or `error`, as a worker's own would come with its traceback."""
@@ -315,10 +307,9 @@ class _Steps(Dataset):
         flip = stream.flip and chance[0] < 0.5
         middle = (0.5, 0.5)
         augmentation = Augmentation((chance[1], chance[2]) if stream.random_crop else middle, flip)
-        wanted = stream.decoder.files(flip)
         for shard, sample in islice(chain([place], self.order.instead(step, lane, row)), MAX_IN_A_ROW):
             try:
-                files = stream.shards.files(shard, sample, wanted)
+                files = stream.shards.files(shard, sample, self.wanted[flip])
                 return stream.decoder(stream.shards.key(shard, sample), files, augmentation)
             except BadSample as error:
                 bad.append((stream.shards.where(shard, sample), str(error)))
@@ -329,9 +320,3 @@ def _listed(bad: Iterable[tuple[str, str]]) -> str:
     """Bad samples, a line each."""
     lines = [f"\n  {where}: {reason}" for where, reason in bad]
     return "".join(lines[:LISTED]) + (f"\n  and {len(lines) - LISTED} more" if len(lines) > LISTED else "")
-
-
-def leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C and a scheduler's signals reach every process, but only the parent decides when to stop."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)

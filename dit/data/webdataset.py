@@ -7,14 +7,12 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from dit.data.order import permutation, share
 from dit.data.sample import Augmentation, Decoder, collate
 from dit.data.source import Source
 from dit.data.store import DataError
-from dit.data.stream import leave_signals_to_the_parent
 
 
 class WebDataset(Source):
@@ -53,13 +51,11 @@ class WebDataset(Source):
         shuffle_buffer: int = 1000,
         num_workers: int = 0,
     ):
-        super().__init__(Decoder(image_size, channels, num_classes, fields), [path], held_out, pack)
-        for name, value, least in [("shuffle_buffer", shuffle_buffer, 1), ("num_workers", num_workers, 0)]:
-            if value < least:
-                raise ValueError(f"data.{name}={value} must be at least {least}")
+        super().__init__(Decoder(image_size, channels, num_classes, fields), [path], held_out, pack, num_workers)
+        if shuffle_buffer < 1:
+            raise ValueError(f"data.shuffle_buffer={shuffle_buffer} must be at least 1")
         self.flip = flip
         self.shuffle_buffer = shuffle_buffer
-        self.num_workers = num_workers
 
     def check(self, batch_size: int = 1, lanes: int = 1, world_size: int = 1) -> None:
         """See whether there are shards, and enough of them."""
@@ -85,15 +81,7 @@ class WebDataset(Source):
         """Endless batches, each device's of its share of the shards."""
         self.check(batch_size, lanes, world_size)
         rows = batch_size * len(share(lanes, rank, world_size)) // lanes
-        loader = DataLoader(
-            _Batches(self, _shards(self.paths[0]), rows, seed, first_step, rank, world_size),
-            batch_size=None,
-            num_workers=self.num_workers,
-            prefetch_factor=2 if self.num_workers else None,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=leave_signals_to_the_parent,
-        )
-        yield from loader
+        yield from self._loader(_Batches(self, _shards(self.paths[0]), rows, seed, first_step, rank, world_size))
 
     def first(self) -> dict[str, Any]:
         """The first sample of the first shard, as a batch of one."""
@@ -164,9 +152,7 @@ class _Batches(IterableDataset):
                 some = True
                 yield sample
             if not some:
-                raise DataError(
-                    f"there is no sample in {', '.join(str(self.shards[i]) for i in order[reader::readers])}"
-                )
+                raise DataError(f"there is no sample in {', '.join(map(str, own))}")
 
 
 def _shards(folder: str) -> list[Path]:

@@ -56,3 +56,14 @@ def write_shards(folder: Path, samples: Iterable[Mapping[str, bytes]], samples_p
     except OSError:  # another process was faster
         shutil.rmtree(partial)
         index.read(folder)
+
+
+def check_apart(folder: Path, other: Path) -> None:
+    """See that nothing is written where something is read.
+
+    Raises:
+        ValueError: if one of the two folders stands in the other.
+    """
+    one, two = folder.resolve(), other.resolve()
+    if one.is_relative_to(two) or two.is_relative_to(one):
+        raise ValueError(f"{folder} stands in {other}, or this in that: give a folder of its own")

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, repeat
 from pathlib import Path
@@ -17,10 +17,10 @@ from dit.data import index
 from dit.data.caption import caption
 from dit.data.image import decode
 from dit.data.sample import FLIPPED, IMAGE_EXTENSIONS, LATENT
-from dit.data.scan import Damage
+from dit.data.scan import Damage, lines
 from dit.data.shards import BadSample, Shards
 from dit.data.store import DataError, Store
-from dit.data.writer import write_shard
+from dit.data.writer import check_apart, write_shard
 from dit.latent.latent import Latent
 from dit.weights.identity import sha256
 
@@ -101,9 +101,7 @@ class Encoding:
             raise ValueError(f"out={out} holds shards of another kind: choose another out")
         for store in shards.stores:
             if not store.remote:
-                one, two = Path(store.folder).resolve(), out.resolve()
-                if one.is_relative_to(two) or two.is_relative_to(one):
-                    raise ValueError(f"out={out} stands in {store.folder}, or this in that: choose another out")
+                check_apart(out, Path(store.folder))
         if out.exists() and not out.is_dir():
             raise ValueError(f"out={out} is a file: choose a folder")
         out.mkdir(parents=True, exist_ok=True)
@@ -125,8 +123,7 @@ class Encoding:
         samples = self._samples(number, bad)
         if (first := next(samples, None)) is not None:
             write_shard(self.out / _name(number), chain([first], samples))
-        lines = "".join(json.dumps(damage._asdict()) + "\n" for damage in bad)
-        index.replace(self._left_out(number), lines.encode())  # last: it says that the shard is done
+        index.replace(self._left_out(number), lines(bad))  # last: it says that the shard is done
         self._lost += len(bad)
         self._check_lost()
 
@@ -261,25 +258,28 @@ def identity(latent: Latent) -> dict[str, str]:
     return {"name": latent.name, "sha256": sha256(latent)}
 
 
-def check_encoded(about: Mapping[str, Any], latent: Latent, image_size: int, path: str) -> None:
+def check_encoded(
+    about: Mapping[str, Any], own: Mapping[str, str], shape: Sequence[int], image_size: int, path: str
+) -> None:
     """See whether encoded shards are of this latent space.
 
     Args:
         about: what their manifest says.
-        latent: the latent space of a run.
+        own: the identity of a run's latent space.
+        shape: of that space, (c, h, w).
         image_size: of the images, as a run has it.
         path: the folder, for the message.
 
     Raises:
         ValueError: if they are not.
     """
-    encoded, own = about["latent"], identity(latent)
+    encoded = about["latent"]
     if encoded["sha256"] != own["sha256"]:
         raise ValueError(
             f"data.path={path} was encoded by {encoded['name']}, whose weights are others than those of latent.name="
             f"{own['name']} (sha256 {encoded['sha256'][:8]} and {own['sha256'][:8]}): take the same VAE, or encode anew"
         )
-    for key, value in {"image_size": image_size, "shape": list(latent.shape)}.items():
+    for key, value in {"image_size": image_size, "shape": list(shape)}.items():
         if encoded[key] != value:
             raise ValueError(f"data.path={path} was encoded with {key}={encoded[key]}, but the run has {value}")
 

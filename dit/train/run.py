@@ -71,8 +71,10 @@ class Run:
         build(cfg.ema)(denoiser.network)
         self.num_parameters = sum(p.numel() for p in denoiser.network.parameters())
         self.latent = self.parts.latent()
+        # Hashing a VAE takes a while, so that it is done once.
+        self.encoder = identity(self.latent) if self.latent.name or self.data.about else {}
         if self.data.about:
-            check_encoded(self.data.about, self.latent, cfg.data.image_size, cfg.data.path)
+            check_encoded(self.data.about, self.encoder, self.latent.shape, cfg.data.image_size, cfg.data.path)
             if (text := self.data.about.get("text", {}).get("name")) != cfg.condition.get("name", text):
                 print(f"dit: WARNING: captions were read by {text}, but prompts will be by {cfg.condition.name}")
         if cfg.metric:
@@ -166,8 +168,7 @@ class Run:
 
     def _fingerprint(self) -> str:
         """What tells the training data, as the network sees them, from others."""
-        encoder = f" {identity(self.latent)['sha256'][:16]}" if self.latent.name else ""
-        return self.data.fingerprint() + encoder
+        return self.data.fingerprint() + (f" {self.encoder['sha256'][:16]}" if self.encoder else "")
 
     def prepare(self) -> None:
         """Pack the data where they are not there yet, and check them then.
