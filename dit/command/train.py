@@ -30,7 +30,10 @@ CHOICES: dict[str, Sequence[Any]] = {
     "resume": ("auto", "never"),
     "trainer.accelerator": ("auto", "cpu", "gpu"),
     "trainer.precision": ("32-true", "bf16-mixed"),
-    "trainer.devices": (1,),
+    "trainer.strategy": ("single", "ddp", "fsdp", "zero1", "zero2", "zero3"),
+    "trainer.shard": ("world", "node"),
+    "trainer.offload": (True, False),
+    "trainer.dry_run": (True, False),
     "trainer.activation_checkpointing": ("none", "full", "selective"),
 }
 
@@ -55,7 +58,13 @@ def tell_apart(cfg: DictConfig, suffix: str) -> None:
 
 
 def main(cfg: DictConfig) -> int:
-    """Train; the exit code."""
+    """Train, or with trainer.dry_run only say what it would need; the exit code."""
+    if cfg.trainer.dry_run:
+        from dit.command.dry_run import report
+
+        with user_errors():
+            print(report(cfg))
+        return 0
     with user_errors():
         from dit.train.run import Run
 

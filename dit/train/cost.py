@@ -21,7 +21,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 from dit.train.build import Parts, build
 from dit.train.strategy import arrange
 
-
 # How tensor parallelism splits the linear layers of a unit, by their names in it: 0 the rows of the weight, which are
 # outputs, 1 its columns, which are inputs. The sum over the ranks of what the latter give is the layer's output.
 SPLIT = {

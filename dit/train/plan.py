@@ -105,7 +105,7 @@ class Plan(NamedTuple):
     update_bytes: int  # read and written by optimizer and average
 
     def seconds(self, hardware: Hardware, precision: str, efficiency: float, overlap: float) -> dict[str, float]:
-        """compute + update + communication that does not hide = step.
+        """Of a step: compute + update + exposed, the communication that does not hide.
 
         compute = flops / (peak * efficiency); update = its bytes over the GPU's memory rate; of what can hide, what
         takes longer than overlap * compute does not.
@@ -362,8 +362,8 @@ def check(layout: Layout) -> None:
         raise ValueError(f"trainer.offload=true needs zero1, zero2 or zero3, not trainer.strategy={layout.strategy}")
 
 
-def divided(layout: Layout, batch: int, micro_batch: int | None) -> tuple[int, int]:
-    """Images that a GPU sees at a time, and in how many parts it sees its share of the batch.
+def divided(layout: Layout, batch: int, micro_batch: int | None, lanes: int | None = None) -> tuple[int, int]:
+    """Images that a GPU sees at a time, and in how many parts it sees its share of the batch, each of whole lanes.
 
     Raises:
         ValueError: if they do not divide it, with the way out.
@@ -378,6 +378,13 @@ def divided(layout: Layout, batch: int, micro_batch: int | None) -> tuple[int, i
         raise ValueError(
             f"trainer.micro_batch_size={images} must divide the {share} images of each of {ranks} ranks "
             f"(trainer.batch_size={batch}): choose one of {allowed}"
+        )
+    parts = ranks * share // images
+    if lanes and (batch % lanes or lanes % parts):
+        allowed = [n for n in range(parts, batch + 1, parts) if batch % n == 0]
+        raise ValueError(
+            f"trainer.lanes={lanes} must divide trainer.batch_size={batch} and be a multiple of {parts} "
+            f"({ranks} ranks, {share // images} micro-batches each): choose one of {allowed}"
         )
     return images, share // images
 
