@@ -23,7 +23,7 @@ NAMED = {"hsdp": ("fsdp", "node"), "fsdp_tp": ("fsdp", "world")}  # besides thos
 
 def main() -> None:
     """Print the table in Markdown, or JSON; exit code 2 after a mistake."""
-    options = _options()
+    options = options_of()
     try:
         rows = predicted(options)
     except ValueError as error:
@@ -127,7 +127,8 @@ def _numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers like 1,2,4") from None
 
 
-def _options() -> argparse.Namespace:
+def options_of() -> argparse.Namespace:
+    """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="of a recipe, as for dit doctor: model=dit_xl_2")
     parser.add_argument("--nodes", type=_numbers, default=[1, 2, 4, 16], help="1,2,4,16")

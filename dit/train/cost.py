@@ -67,7 +67,7 @@ class Memory(NamedTuple):
 def multiply_adds(parts: Parts) -> int:
     """Of the network's matrix products and convolutions, for one image forward; the FLOPs are twice as many."""
     network = parts.denoiser("meta").network
-    inputs, cond = _inputs(parts, 1, "meta")
+    inputs, cond = inputs_of(parts, 1, "meta")
     with FlopCounterMode(display=False) as counter:
         network(*inputs, **cond)
     return counter.get_total_flops() // 2
@@ -95,7 +95,7 @@ def states(parts: Parts, shards: int = 1, *, flat: bool = False, tensor_parallel
     """
     network = split(parts, tensor_parallel)
     held = {id(p): shard(p.shape, shards, flat) for p in network.parameters()}
-    with FakeTensorMode(), _Alive() as alive:
+    with FakeTensorMode(), Alive() as alive:
         network._apply(lambda t: torch.empty(held.get(id(t), t.shape), dtype=t.dtype, device="cpu"))
         parameters = alive.bytes
         average = build(parts.cfg.ema)(network)
@@ -129,8 +129,11 @@ def split(parts: Parts, tensor_parallel: int) -> Any:
     network: Any = parts.denoiser("meta").network
     if tensor_parallel == 1:
         return network
-    option, layers = f"trainer.tensor_parallel_size={tensor_parallel}", 0
-    for unit in (module for module in network.modules() if isinstance(module, network.units)):
+    option = f"trainer.tensor_parallel_size={tensor_parallel}"
+    units = [module for module in network.modules() if isinstance(module, network.units)]
+    if not any(name in SPLIT for unit in units for name, _ in unit.named_modules()):
+        raise ValueError(f"{option}: {type(network).__name__} has no layers that are split so, as a DiT has: choose 1")
+    for unit in units:
         for name, layer in unit.named_modules():
             if (heads := getattr(layer, "num_heads", None)) is not None:
                 if heads % tensor_parallel:
@@ -138,7 +141,6 @@ def split(parts: Parts, tensor_parallel: int) -> Any:
                 layer.num_heads = heads // tensor_parallel
             if (dim := SPLIT.get(name)) is None:
                 continue
-            layers += 1
             sizes = list(layer.weight.shape)
             if sizes[dim] % tensor_parallel:
                 raise ValueError(f"{option} must divide the width {sizes[dim]} of {name}: choose another")
@@ -146,8 +148,6 @@ def split(parts: Parts, tensor_parallel: int) -> Any:
             layer.weight = nn.Parameter(layer.weight.new_empty(sizes))
             if dim == 0 and layer.bias is not None:
                 layer.bias = nn.Parameter(layer.bias.new_empty(sizes[:1]))
-    if not layers:
-        raise ValueError(f"{option}: {type(network).__name__} has no layers that are split so, as a DiT has: choose 1")
     return network
 
 
@@ -162,7 +162,7 @@ def passes(parts: Parts, batch_size: int, tensor_parallel: int = 1) -> Passes:
         ValueError: if the network cannot be split among so many ranks of tensor parallelism.
     """
     network = split(parts, tensor_parallel)
-    with FakeTensorMode(), _Alive() as alive:
+    with FakeTensorMode(), Alive() as alive:
         network._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu"))
         arrange(network, checkpointing=parts.cfg.trainer.activation_checkpointing)
         for p in network.parameters():
@@ -175,13 +175,13 @@ def passes(parts: Parts, batch_size: int, tensor_parallel: int = 1) -> Passes:
     return Passes(once - activations, activations, passing)
 
 
-def _pass(alive: "_Alive", network: nn.Module, parts: Parts, batch_size: int) -> tuple[int, int]:
+def _pass(alive: "Alive", network: nn.Module, parts: Parts, batch_size: int) -> tuple[int, int]:
     """Forward and backward: the bytes kept in between, and the most that there are besides."""
     mixed = parts.cfg.trainer.precision == "bf16-mixed"
     autocast: AbstractContextManager[Any] = torch.autocast("cpu", torch.bfloat16) if mixed else nullcontext()
     gc.collect()
     before = alive.most = alive.bytes
-    inputs, cond = _inputs(parts, batch_size, "cpu")
+    inputs, cond = inputs_of(parts, batch_size, "cpu")
     with _Norms() if mixed else nullcontext():
         with autocast:
             loss = network(*inputs, **cond).float().square().mean()
@@ -191,7 +191,7 @@ def _pass(alive: "_Alive", network: nn.Module, parts: Parts, batch_size: int) ->
     return kept, alive.most - before - kept
 
 
-def _inputs(parts: Parts, batch_size: int, device: str) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
+def inputs_of(parts: Parts, batch_size: int, device: str) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
     """What the network is given, of the right sizes: x and time, and `cond`."""
     empty = partial(torch.empty, device=device)
     latent, told = parts.cfg.latent, parts.condition.sizes
@@ -211,7 +211,7 @@ def _inputs(parts: Parts, batch_size: int, device: str) -> tuple[tuple[Tensor, T
     return (x, empty(batch_size)), cond
 
 
-class _Alive(TorchDispatchMode):
+class Alive(TorchDispatchMode):
     """Counts the bytes of tensors that were made within and are alive."""
 
     def __init__(self) -> None:

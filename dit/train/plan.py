@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig
 
 from dit.train.build import Parts
-from dit.train.cost import SPLIT, Memory, multiply_adds, passes, shard, split, states
+from dit.train.cost import SPLIT, Memory, Passes, multiply_adds, passes, shard, split, states
 from dit.train.hardware import Hardware
 
 STRATEGIES = ("single", "ddp", "fsdp", "zero1", "zero2", "zero3")
@@ -141,8 +141,8 @@ class Planner:
         self.averages_on_cpu = parts.cfg.ema.get("device") == "cpu"
         self.multiply_adds = multiply_adds(parts)
         self._states = cache(partial(states, parts))
-        self._passes = cache(partial(passes, parts))
         self._split = cache(partial(split, parts))
+        self._measured: dict[int, tuple[int, Passes]] = {}  # by tensor parallelism: of so many images
 
     def __call__(self, layout: Layout, batch: int, micro_batch: int | None = None) -> Plan:
         """For a global batch, of which each GPU sees at most `micro_batch` images at a time.
@@ -187,6 +187,13 @@ class Planner:
                 layout.shards * sum(held),
             ] += 1
         return [Unit(name, number, *rest) for (name, *rest), number in found.items()]
+
+    def _passes(self, images: int, tensor_parallel: int) -> Passes:
+        """Counted, which takes seconds, or in proportion to those that were."""
+        if tensor_parallel not in self._measured:
+            self._measured[tensor_parallel] = images, passes(self.parts, images, tensor_parallel)
+        counted, (copies, activations, passing) = self._measured[tensor_parallel]
+        return Passes(copies, activations * images // counted, passing * images // counted)
 
     @property
     def _low(self) -> int:
