@@ -126,8 +126,8 @@ def test_tensor_parallel_by_hand(mixed):
         block.parameters == 6 * (D * D + D) + (12 * D * D + 7 * D) // 2 + 2 * D
     )  # adaLN and row-wise biases are whole
     assert rest.parameters == REST and plan.layout.shards == 2
-    each = 3 / 2 * 1  # 2 (n - 1) / n, n = 2
-    assert sent(plan, "all-reduce")[0] == 2 * 2 * DEPTH * 2 * IMAGES * 64 * D * each / 3 * 2
+    each = 2 * IMAGES * 64 * D * 2 * 1 / 2  # tokens in bfloat16, times 2 (n - 1) / n of 2 ranks
+    assert sent(plan, "all-reduce") == (4 * DEPTH * each, 0)  # after attention and MLP, forward and backward
     assert planned(mixed, "fsdp", 1, 2).memory.activations > plan.memory.activations
     assert plan.images == IMAGES and plan.layout.name == "fsdp+tp2"
 

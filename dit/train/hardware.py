@@ -1,6 +1,6 @@
 """GPUs and what joins them, as their makers' data sheets have them; nothing here was measured."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Hardware(NamedTuple):
@@ -34,7 +34,7 @@ def hardware(name: str, **changed: float | None) -> Hardware:
     """
     if name.lower() not in HARDWARE:
         raise ValueError(f"gpu={name}: choose one of {', '.join(HARDWARE)}, and give the figures that differ")
-    given = {key: value for key, value in changed.items() if value is not None}
+    given: dict[str, Any] = {key: value for key, value in changed.items() if value is not None}
     for key, value in given.items():
         if not 0 < value < float("inf"):
             raise ValueError(f"{key}={value} must be greater than 0")
