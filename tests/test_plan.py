@@ -254,8 +254,9 @@ def test_two_processes_have_what_is_planned(tools, plain):
 
     overrides = [*SMALL, "trainer.precision=32-true"]
     expected = planned(plain, "fsdp", 1, 2).memory._asdict()
-    for rank in measured(overrides, 2, IMAGES):
-        assert rank == {part: pytest.approx(expected[part], rel=0.02) for part in rank}
+    ranks = measured(overrides, 2, IMAGES)
+    for part in ranks[0]:
+        assert max(rank[part] for rank in ranks) == pytest.approx(expected[part], rel=0.001)
 
 
 @pytest.mark.parametrize(
