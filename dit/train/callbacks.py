@@ -196,7 +196,9 @@ class Checkpoints(Callback):
         path = self.resume_from
         state = checkpoint.load_state(path, "run")
         pl_module.denoiser.network.load_state_dict(checkpoint.load_weights(path, "model"))
-        pl_module.ema.load_state_dict(checkpoint.load_weights(path, "ema"))
+        for profile, averages in pl_module.ema.averages.items():
+            for name, value in checkpoint.load_weights(path, profile).items():
+                averages[name].copy_(value)
         pl_module.objective.load_state_dict(state["objective"])
         for name, optimizer in pl_module.named_optimizers.items():
             optimizer.optimizer.load_state_dict(checkpoint.load_state(path, _file_of(name)))
@@ -221,7 +223,7 @@ class Checkpoints(Callback):
             "recorder": self.recorder.state(),
             "objective": module.objective.state_dict(),
         }
-        weights = {"model": module.denoiser.network.state_dict(), "ema": module.ema.state_dict()}
+        weights = {"model": module.denoiser.network.state_dict(), **module.ema.averages}
         optimizers = {
             _file_of(name): optimizer.optimizer.state_dict() for name, optimizer in module.named_optimizers.items()
         }

@@ -68,7 +68,7 @@ class Run:
             self.data.check_images()
         self.parts.condition.check(self.data.first() if self.data.there else None)
         build(cfg.optimizer)(denoiser.network.parameters())
-        build(cfg.ema)(denoiser.network)
+        build(cfg.ema)(dict(denoiser.network.named_parameters()))
         self.num_parameters = sum(p.numel() for p in denoiser.network.parameters())
         self.latent = self.parts.latent()
         # Hashing a VAE takes a while, so that it is done once.
