@@ -37,8 +37,10 @@ from torch.distributed.checkpoint.default_planner import (
     create_default_local_save_plan,
 )
 from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
-from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
+from torch.futures import Future
 
 from dit import __version__
 from dit.train.untrusted import Reader
@@ -187,7 +189,7 @@ class Saver:
                 )
                 files = {k: v for own in self._agreed(lambda: self._finished(partial, state)) for k, v in own.items()}
                 self._agreed(lambda: self._commit(partial, final, files) if self.rank == 0 else None)
-        except Exception as error:  # a run outlives whatever befalls its checkpoints
+        except (Exception, dcp.CheckpointException) as error:  # a run outlives whatever befalls its checkpoints
             failures = getattr(error, "failures", None)  # DCP's, by rank
             reason = next(iter(failures.values()))[0] if failures else error
             problem = " ".join(str(reason).split())[:300] or type(reason).__name__
@@ -271,10 +273,21 @@ class _Planner(DefaultSavePlanner):
 
 
 class _Writer(dcp.FileSystemWriter):
-    """DCP's, without the paths of this machine in the metadata."""
+    """DCP's, without the paths of this machine in the metadata, and with the causes of its failures."""
 
     def storage_meta(self) -> StorageMeta | None:
         return None
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            cause: BaseException | None = error
+            while cause and not isinstance(cause, OSError):  # of a full disk torch says "unexpected pos 704 vs 598"
+                cause = cause.__context__
+            if cause is None:
+                raise
+            raise cause from None
 
 
 def committed(root: Path) -> list[Path]:
@@ -436,8 +449,10 @@ def _manifest(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: if it is not what was saved, or of another format.
     """
-    text = (path / MANIFEST).read_text()
+    if not _own(path / MANIFEST):
+        raise ValueError(f"{MANIFEST} is missing")
     try:
+        text = (path / MANIFEST).read_text()
         manifest: dict[str, Any] = json.loads(text)
         number = manifest.get("format")
     except (ValueError, AttributeError) as error:
@@ -459,9 +474,12 @@ def _sealed(manifest: Mapping[str, Any]) -> str:
 
 def _found(path: Path, name: str) -> dict[str, Any] | None:
     """The fingerprint of a file of a checkpoint; None if there is none, or it is none of the folder's own."""
-    if not re.fullmatch(r"[\w.-]+", name) or not (path / name).exists():
-        return None
-    return _fingerprint(path / name) if stat.S_ISREG((path / name).lstat().st_mode) else None
+    return _fingerprint(path / name) if re.fullmatch(r"[\w.-]+", name) and _own(path / name) else None
+
+
+def _own(path: Path) -> bool:
+    """Whether there is such a file, which is no link, nor anything that would not answer."""
+    return path.exists() and stat.S_ISREG(path.lstat().st_mode)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
