@@ -50,6 +50,14 @@ STATE = "state.json"
 METADATA = ".metadata"
 LATEST = "latest"
 FORMAT = 1
+UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+)  # of files that hold anything
 
 Tensors = Mapping[str, Mapping[str, Tensor]]  # group -> name -> tensor, plain or DTensor
 
@@ -334,7 +342,7 @@ def verify(path: Path) -> str | None:
                     return f"{name} is {'not what was saved' if found else 'missing'}"
         _reader(path)
         load_state(path)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         return f"{error}"
     return None
 
@@ -366,7 +374,7 @@ def layout(path: Path, group: str) -> dict[str, Tensor]:
     """
     try:
         entries: Mapping[str, Any] = _reader(path).metadata.state_dict_metadata
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     found = {name.partition("/"): entry for name, entry in entries.items()}
     return {
@@ -408,7 +416,7 @@ def load_into(path: Path, tensors: Tensors) -> None:
                 planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
                 no_dist=True,  # each rank finds its parts by itself
             )
-    except (dcp.CheckpointException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (dcp.CheckpointException, *UNREADABLE) as error:
         failures = getattr(error, "failures", None)
         reason = next(iter(failures.values()))[0] if failures else error
         short = re.split(r"\. |Re-running|\n", f"{type(reason).__name__}: {reason}")[0][:200]  # of torch's long advice
