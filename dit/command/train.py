@@ -17,6 +17,7 @@ LEAST: dict[str, float] = {
     "trainer.preview_every_steps": 1,
     "trainer.checkpoint_every_steps": 1,
     "trainer.keep_checkpoints": 1,
+    "trainer.keep_every_steps": 1,
     "sampler.num_steps": 1,
     "noise.num_steps": 1,
     "learning_rate.warmup_steps": 0,
