@@ -18,7 +18,14 @@ class Average(NamedTuple):
     std: float  # of the profile
 
 
-def coefficients(snapshots: Sequence[Average], target: Average) -> list[float]:
+class Fit(NamedTuple):
+    """Of snapshots to an average."""
+
+    coefficients: list[float]
+    misfit: float  # the norm of what is missed of the profile, relative to that of the profile
+
+
+def fit(snapshots: Sequence[Average], target: Average) -> Fit:
     """How much of each snapshot makes the best approximation of another average, in the least squares of the profiles.
 
     With p_i(t) the share that weights of step t have in average i, and <p, q> the integral of p q: the solution x of
@@ -38,7 +45,8 @@ def coefficients(snapshots: Sequence[Average], target: Average) -> list[float]:
     scale = products.diagonal() ** -0.5
     products *= scale[:, None] * scale
     solution = np.linalg.lstsq(products[:-1, :-1], products[:-1, -1], rcond=None)[0]
-    return [float(x) for x in solution * scale[:-1] / scale[-1]]
+    x = np.append(solution, -1)
+    return Fit((solution * scale[:-1] / scale[-1]).tolist(), float(max(0, x @ products @ x) ** 0.5))
 
 
 def reconstruct(parts: Iterable[tuple[float, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
