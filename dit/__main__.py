@@ -10,6 +10,7 @@ VERBS = {
     "train": "train a model:               dit train experiment=digits",
     "sample": "draw images with a run:      dit sample run=digits labels=[0,1,2,3] guidance.scale=2",
     "evaluate": "judge a run:                 dit evaluate run=digits metric=likelihood",
+    "export": "weights for others:          dit export run=digits path=digits_weights",
     "schedule": "draw a noise schedule:       dit schedule experiment=digits noise=cosine out=schedule.png",
     "doctor": "count what a recipe costs:   dit doctor model=dit_xl_2 data.image_size=512",
 }

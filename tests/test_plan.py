@@ -103,7 +103,7 @@ def test_fsdp_by_hand(plain, mixed):
     assert plan.memory.gradients == 4 * (held - POSITIONS)
     assert plan.memory.optimizer == pytest.approx(8 * (held - POSITIONS), rel=0.01)
     assert plan.memory.gathered == 2 * (2 * rest.padded + 3 * BLOCK) + 4 * BLOCK and plan.memory.copies == 0
-    assert sent(plan, "all-gather") == (3 / 4 * 2 * (2 * DEPTH * BLOCK + rest.padded), 0)
+    assert sent(plan, "all-gather") == (3 / 4 * 2 * 2 * (DEPTH * BLOCK + rest.padded), 0)
     assert sent(plan, "reduce-scatter") == (3 / 4 * 4 * (DEPTH * BLOCK + rest.reduced), 0)
     twice = planned(mixed, "fsdp", 1, 4, batch=32, micro=4)
     assert (twice.images, twice.num_micro_batches, twice.memory) == (4, 2, plan.memory)
@@ -162,6 +162,14 @@ def test_checkpointing_computes_more_and_keeps_less():
         planned(planner(f"trainer.activation_checkpointing={mode}"), "fsdp", 1, 4) for mode in ("none", "full")
     )
     assert full.flops == none.flops * 4 / 3 and full.memory.activations < none.memory.activations / 2
+
+
+def test_averages_are_those_of_the_configuration(mixed):
+    one, two = planned(mixed, "fsdp", 1, 4), planned(planner("trainer.precision=bf16-mixed", "ema=power"), "fsdp", 1, 4)
+    assert two.memory == one.memory._replace(ema=2 * one.memory.ema)
+    away = planned(planner("trainer.precision=bf16-mixed", "ema.device=cpu"), "fsdp", 1, 4)
+    assert away.memory == one.memory._replace(ema=0) and away.host_bytes == one.memory.ema
+    assert away.update_bytes == one.update_bytes - 2 * one.memory.ema
 
 
 def test_the_time_by_hand():

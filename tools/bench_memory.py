@@ -97,16 +97,17 @@ def bytes_of_a_step(overrides: list[str], batch_size: int) -> dict[str, int]:
         nn.init.normal_(_local(p.detach()), std=0.02)
     arrange(network, checkpointing=parts.cfg.trainer.activation_checkpointing)
     optimizer = build(parts.cfg.optimizer)([p for p in network.parameters() if p.requires_grad])
-    average = build(parts.cfg.ema)(network)
+    average = build(parts.cfg.ema)(dict(network.named_parameters()))
     with Alive() as alive:
         _pass(alive, network, parts, batch_size)
         optimizer.step()
+        average.update(1)
         once, twice = (_pass(alive, network, parts, number * batch_size) for number in (1, 2))
     return {
         "parameters": _bytes([*network.parameters(), *network.buffers()]),
         "gradients": _bytes(p.grad for p in network.parameters() if p.grad is not None),
         "optimizer": _bytes(tree_leaves(optimizer.state_dict()["state"])),
-        "ema": _bytes(average.average.values()),
+        "ema": _bytes(tree_leaves(average.averages)),
         "activations": twice - once,  # so that nothing counts that does not grow with the batch
     }
 

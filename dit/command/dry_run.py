@@ -56,7 +56,7 @@ def _checked(cfg: DictConfig) -> Any:
     for node in (cfg.logger, cfg.metric, cfg.learning_rate):
         build(node)
     build(cfg.optimizer)(denoiser.network.parameters())
-    build(cfg.ema)(denoiser.network)
+    build(cfg.ema)(dict(denoiser.network.named_parameters()))
     return parts
 
 

@@ -17,12 +17,14 @@ LEAST: dict[str, float] = {
     "trainer.preview_every_steps": 1,
     "trainer.checkpoint_every_steps": 1,
     "trainer.keep_checkpoints": 1,
+    "trainer.keep_every_steps": 1,
     "sampler.num_steps": 1,
     "noise.num_steps": 1,
     "learning_rate.warmup_steps": 0,
     "optimizer.weight_decay": 0,
     "evaluation.num_images": 100,
     "evaluation.batch_size": 1,
+    "ema.snapshot_every_steps": 1,
     "seed": 0,
 }
 POSITIVE = ("optimizer.lr", "trainer.max_grad_norm", "objective.max_weight", "guidance.clip")

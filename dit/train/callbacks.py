@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from dit.data.image import encode_png, grid
 from dit.train import checkpoint
+from dit.train.checkpoint import Saver
 from dit.train.module import DiffusionModule
 from dit.train.preemption import Preemption
 from dit.train.tracker import WandB
@@ -168,6 +170,9 @@ class Checkpoints(Callback):
         recorder: whose clock stops meanwhile, and whose sums are part of the state.
         preemption: says when to stop.
         data: the fingerprint of the training data.
+        keep_every_steps: keep, too, those of multiples of so many steps.
+        asynchronous: write while training goes on.
+        snapshot_every_steps: keep the averaged weights alone of every so many steps, in `snapshots` beside root.
     """
 
     def __init__(
@@ -179,27 +184,32 @@ class Checkpoints(Callback):
         recorder: Recorder,
         preemption: Preemption,
         data: str,
+        *,
+        keep_every_steps: int | None = None,
+        asynchronous: bool = True,
+        snapshot_every_steps: int | None = None,
     ):
         self.root = root
         self.resume_from = resume_from
         self.every_steps = every_steps
-        self.keep = keep
         self.recorder = recorder
         self.preemption = preemption
-        self.data = data
+        self.snapshot_every_steps = snapshot_every_steps
+        self._saver = partial(
+            Saver, root, data=data, keep=keep, keep_every_steps=keep_every_steps, asynchronous=asynchronous
+        )
+        self._snapshooter = partial(Saver, root.parent / "snapshots", data=data, keep=None, asynchronous=asynchronous)
+        self._checked = False
 
     def on_train_start(self, trainer: Trainer, pl_module: DiffusionModule) -> None:  # type: ignore[override]
         """Load the state, and take over the signals from Lightning, which has just installed handlers of its own."""
         self.preemption.install()
+        self.saver = self._saver()  # now that there is a process group, if there is to be one
+        self.snapshooter = self._snapshooter() if self.snapshot_every_steps else None
         if self.resume_from is None:
             return self.recorder.rewind(0)
-        path = self.resume_from
-        state = checkpoint.load_state(path, "run")
-        pl_module.denoiser.network.load_state_dict(checkpoint.load_weights(path, "model"))
-        pl_module.ema.load_state_dict(checkpoint.load_weights(path, "ema"))
-        pl_module.objective.load_state_dict(state["objective"])
-        for name, optimizer in pl_module.named_optimizers.items():
-            optimizer.optimizer.load_state_dict(checkpoint.load_state(path, _file_of(name)))
+        restore(pl_module, self.resume_from)
+        state = checkpoint.load_state(self.resume_from)
         pl_module.step = state["step"]
         self.recorder.load_state(state["recorder"])
         return self.recorder.rewind(state["step"])
@@ -208,26 +218,78 @@ class Checkpoints(Callback):
         self, trainer: Trainer, pl_module: DiffusionModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Commit a checkpoint where one is due; leave if asked to."""
+        if not self._checked:  # what cannot be saved is said after the first step
+            saved(pl_module)
+            self._checked = True
         step = pl_module.step
         stop = self.preemption.exit_code is not None
-        if stop or step % self.every_steps == 0 or step == self.recorder.max_steps:
-            with self.recorder.paused():
-                self._save(pl_module)
+        last = stop or step == self.recorder.max_steps
+        with self.recorder.paused():
+            if self.snapshooter and self.snapshot_every_steps and step % self.snapshot_every_steps == 0:
+                self.snapshooter.save(step, pl_module.ema.averages, {"step": step})
+            if last or step % self.every_steps == 0:
+                state = {"step": step, "recorder": self.recorder.state()}
+                self.saver.save(step, saved(pl_module), state, wait=last)
+            if last and self.snapshooter:
+                self.snapshooter.wait()
         trainer.should_stop = stop
 
-    def _save(self, module: DiffusionModule) -> None:
-        state = {
-            "step": module.step,
-            "recorder": self.recorder.state(),
-            "objective": module.objective.state_dict(),
-        }
-        weights = {"model": module.denoiser.network.state_dict(), "ema": module.ema.state_dict()}
-        optimizers = {
-            _file_of(name): optimizer.optimizer.state_dict() for name, optimizer in module.named_optimizers.items()
-        }
-        checkpoint.save(self.root, module.step, weights, {**optimizers, "run": state}, data=self.data, keep=self.keep)
+
+def saved(module: DiffusionModule) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a module that make a checkpoint, by group and name: themselves, no copies.
+
+    `model`, the averages, `objective`, and a group of `<parameter>/<key>` for the state of each optimizer.
+
+    Raises:
+        ValueError: if an optimizer keeps what is no tensor.
+    """
+    groups = {"model": module.denoiser.network.state_dict(), **module.ema.averages}
+    groups["objective"] = module.objective.state_dict()
+    for network, names in _names(module).items():
+        state = module.named_optimizers[network].optimizer.state
+        tensors = {f"{names[p]}/{key}": value for p, values in state.items() for key, value in values.items()}
+        for name, value in tensors.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(
+                    f"the optimizer keeps {name}={value!r}, which is no tensor and cannot be saved: choose another "
+                    "one, like torch.optim.AdamW"
+                )
+        groups[_group(network)] = tensors
+    return groups
 
 
-def _file_of(network: str) -> str:
-    """The name of the file with the state of a network's optimizer."""
+def restore(module: DiffusionModule, path: Path) -> None:
+    """Load the tensors of a checkpoint into a module in place; however the module is sharded, and it was.
+
+    Raises:
+        CheckpointError: if they cannot be read.
+    """
+    groups = saved(module)
+    for network, names in _names(module).items():
+        optimizer, parameters = module.named_optimizers[network].optimizer, {name: p for p, name in names.items()}
+        on_device = {p for g in optimizer.param_groups if g.get("fused") or g.get("capturable") for p in g["params"]}
+        for name, like in checkpoint.layout(path, _group(network)).items():
+            parameter, _, key = name.rpartition("/")
+            p = parameters[parameter]
+            if like.shape == p.shape and key != "step":
+                value = torch.zeros_like(p, dtype=like.dtype, requires_grad=False)  # sharded as it is
+            else:  # counts of steps are where torch makes them
+                device = p.device if key != "step" or p in on_device else torch.device("cpu")
+                value = torch.zeros_like(like, device=device)
+            optimizer.state[p][key] = groups[_group(network)][name] = value
+    checkpoint.load_into(path, groups)
+
+
+def _names(module: DiffusionModule) -> dict[str, dict[Tensor, str]]:
+    """The parameters of each optimizer, and their names: in the network, or `objective.` and in the objective."""
+    own: dict[Tensor, str] = {p: name.removeprefix("network.") for name, p in module.denoiser.named_parameters()}
+    own |= {p: f"objective.{name}" for name, p in module.objective.named_parameters()}
+    apart: dict[str, dict[Tensor, str]] = {
+        network: {p: name for name, p in part.named_parameters()} for network, part in module.objective.networks.items()
+    }
+    return {"denoiser": own, **apart}
+
+
+def _group(network: str) -> str:
+    """The group with the state of a network's optimizer."""
     return "optimizer" if network == "denoiser" else f"optimizer-{network}"

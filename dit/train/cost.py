@@ -98,7 +98,7 @@ def states(parts: Parts, shards: int = 1, *, flat: bool = False, tensor_parallel
     with FakeTensorMode(), Alive() as alive:
         network._apply(lambda t: torch.empty(held.get(id(t), t.shape), dtype=t.dtype, device="cpu"))
         parameters = alive.bytes
-        average = build(parts.cfg.ema)(network)
+        average = build(parts.cfg.ema)(dict(network.named_parameters()))
         ema = alive.bytes - parameters
         trained = [p for p in network.parameters() if p.requires_grad]
         for p in trained:

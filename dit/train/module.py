@@ -30,7 +30,7 @@ class DiffusionModule(LightningModule):
         latent: images <-> what the network sees.
         optimizer: parameters -> optimizer.
         learning_rate: step -> factor on the optimizer's lr.
-        ema: network -> its moving average.
+        ema: parameters by name -> their moving averages.
         seed: of all random numbers.
         lanes: the lanes among which a global batch is divided for its random numbers.
         num_micro_batches: gradient accumulation: a global batch passes the network in so many parts.
@@ -91,7 +91,7 @@ class DiffusionModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Begin the average, where the weights now are."""
-        self.ema = self._make_ema(self.denoiser.network)
+        self.ema = self._make_ema(dict(self.denoiser.network.named_parameters()))
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """All phases of one step.

@@ -221,10 +221,10 @@ class Planner:
         return memory, host, [], [ring("all-reduce", 4 * self._numbers()[1], layout.world, layout.gpus, hidden=False)]
 
     def _fsdp(self, layout: Layout, images: int, number: int) -> tuple[Any, ...]:
-        """Each unit is gathered forward and again backward, where its gradients are reduced in float32.
+        """Each unit, and the rest, is gathered forward and again backward, where gradients are reduced in float32.
 
-        The rest stays gathered. While a unit computes backward there are: its parameters, the next one's as they
-        arrive, its gradients, and in float32 those of the unit before, on their way (torch's `FSDPParamGroup`).
+        While a unit computes backward there are: its parameters, the next one's as they arrive, its gradients, and in
+        float32 those of the unit before, on their way (torch's `FSDPParamGroup`); and the rest, with gradients.
         """
         units = self.units(layout)
         of_units = [unit for unit in units if unit.name != "the rest"]
@@ -237,10 +237,10 @@ class Planner:
         memory = memory._replace(gathered=gathered, copies=0 if self.mixed else memory.copies)
         members = layout.shards
         near = min(members, layout.gpus // layout.tensor_parallel)  # of them in a node
-        twice = sum(unit.number * unit.padded for unit in of_units)
+        padded = sum(unit.number * unit.padded for unit in units)
         reduced = sum(unit.number * unit.reduced for unit in units)
         traffic = [
-            ring("all-gather", number * self._low * (2 * twice + rest), members, near),
+            ring("all-gather", number * self._low * 2 * padded, members, near),
             ring("reduce-scatter", number * 4 * reduced, members, near),
             ring("all-reduce", number * 4 * reduced / members, layout.data_parallel // members, 1),
         ]

@@ -68,7 +68,7 @@ class Run:
             self.data.check_images()
         self.parts.condition.check(self.data.first() if self.data.there else None)
         build(cfg.optimizer)(denoiser.network.parameters())
-        build(cfg.ema)(denoiser.network)
+        build(cfg.ema)(dict(denoiser.network.named_parameters()))
         self.num_parameters = sum(p.numel() for p in denoiser.network.parameters())
         self.latent = self.parts.latent()
         # Hashing a VAE takes a while, so that it is done once.
@@ -269,6 +269,9 @@ class Run:
             recorder,
             preemption,
             self._fingerprint(),
+            keep_every_steps=options.keep_every_steps,
+            asynchronous=options.asynchronous_checkpoints,
+            snapshot_every_steps=cfg.ema.get("snapshot_every_steps"),
         )
         trainer = Trainer(
             accelerator=options.accelerator,

@@ -1,11 +1,16 @@
 """What a run has learned: its parts and its weights."""
 
 from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
+from torch import Tensor
 
 from dit.noise.denoiser import Denoiser
 from dit.train import checkpoint, saved
 from dit.train.build import Parts
 from dit.train.kind import check_denoiser
+from dit.weights.post_hoc import Average, fit, reconstruct
 
 
 def newest(folder: Path, step: int | None = None) -> Path:
@@ -35,12 +40,69 @@ def load(parts: Parts, path: Path, weights: str = "ema") -> Denoiser:
     Args:
         parts: of the run.
         path: the checkpoint.
-        weights: `ema`, or `model` for the raw weights.
+        weights: the name of an average, or `model` for the raw weights.
     """
     denoiser = parts.denoiser()
-    denoiser.network.load_state_dict(checkpoint.load_weights(path, "model"))
-    denoiser.network.load_state_dict(checkpoint.load_weights(path, weights), strict=False)
+    denoiser.network.load_state_dict(weights_of(path, weights))
     return denoiser.eval().requires_grad_(False)
+
+
+def weights_of(path: Path, name: str = "ema") -> dict[str, Tensor]:
+    """The weights of a checkpoint by the network's names, whole and on the CPU.
+
+    Args:
+        path: the checkpoint.
+        name: of an average, or `model` for the raw weights.
+    """
+    raw = checkpoint.load_weights(path, "model")  # with what is not averaged
+    return raw if name == "model" else raw | checkpoint.load_weights(path, name)
+
+
+class Reconstructed(NamedTuple):
+    """An average that was not kept."""
+
+    weights: dict[str, Tensor]
+    step: int
+    num_snapshots: int  # of averages, of which it was made
+    misfit: float  # see post_hoc
+
+
+def reconstructed(folder: Path, std: float, step: int | None = None) -> Reconstructed:
+    """An average by a power profile of another length than those of the run, made of its snapshots.
+
+    Args:
+        folder: of the run.
+        std: of the profile, in (0, 0.288].
+        step: after which step; None: of the newest snapshot.
+
+    Raises:
+        ValueError: if there are no snapshots, or none of the step.
+        CheckpointError: if there is no intact checkpoint.
+    """
+    profiles: Any = OmegaConf.select(saved.config(folder), "ema.profiles", default={})
+    stds = {name: profile.std for name, profile in profiles.items() if "std" in profile}
+    paths = checkpoint.committed(folder / "snapshots") if stds else []
+    if not paths:
+        raise ValueError(
+            f"run={folder.name} kept no snapshots, of which an average of ema_std={std} could be made: train with "
+            "ema=power ema.snapshot_every_steps=N, some ten of them or more"
+        )
+    there = {}
+    for path in paths:
+        if problem := checkpoint.verify(path):
+            print(f"dit: WARNING: passing over the snapshot {path}: {problem}", flush=True)
+        else:
+            there[checkpoint.step_of(path)] = path
+    step = max(there, default=0) if step is None else step
+    if step not in there:
+        steps = ", ".join(map(str, there)) or "none"
+        raise ValueError(f"{folder} has no intact snapshot of step {step}; there are {steps}")
+    kept = {(Average(at, stds[name])): (path, name) for at, path in there.items() if at <= step for name in stds}
+    found = fit(list(kept), Average(step, std))
+    loaded = (checkpoint.load_weights(path, name) for path, name in kept.values())
+    average = reconstruct(zip(found.coefficients, loaded, strict=True))
+    rest = checkpoint.load_weights(newest(folder), "model")  # what is not averaged
+    return Reconstructed(rest | average, step, len(kept), found.misfit)
 
 
 def denoiser(run: str, runs_dir: str = "runs", weights: str = "ema", step: int | None = None) -> Denoiser:
