@@ -17,6 +17,7 @@ from dit.train import checkpoint
 from dit.train.module import DiffusionModule
 from dit.train.preemption import Preemption
 from dit.train.tracker import WandB
+from dit.train.world import World
 
 
 class Recorder(Callback):
@@ -28,6 +29,7 @@ class Recorder(Callback):
         batch_size: images a step.
         every_steps: a line every so many steps, and after the last.
         tracker: gets every line too.
+        world: the processes over which the loss is averaged; the first one writes.
         beside: what else a line says.
     """
 
@@ -38,6 +40,7 @@ class Recorder(Callback):
         batch_size: int,
         every_steps: int,
         tracker: WandB | None,
+        world: World,
         beside: Callable[[], dict[str, Any]] = dict,
     ):
         self.path = path
@@ -45,6 +48,7 @@ class Recorder(Callback):
         self.batch_size = batch_size
         self.every_steps = every_steps
         self.tracker = tracker
+        self.world = world
         self.beside = beside
         self.last: dict[str, Any] = {}
         self.loss_sum = torch.zeros(())
@@ -53,8 +57,8 @@ class Recorder(Callback):
         self.total_seconds = 0.0
 
     def state(self) -> dict[str, Any]:
-        """What is already summed of the next line."""
-        return {"loss_sum": self.loss_sum.item(), "num_losses": self.num_losses}
+        """What is already summed of the next line, averaged over processes, all of which must ask."""
+        return {"loss_sum": self.world.mean(self.loss_sum).item(), "num_losses": self.num_losses}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on summing where a checkpoint was made."""
@@ -63,7 +67,7 @@ class Recorder(Callback):
 
     def rewind(self, step: int) -> None:
         """Drop the lines after a step, which will be written again."""
-        if self.path.exists():
+        if self.path.exists() and self.world.is_first:
             whole = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             kept = [line for line in whole if json.loads(line)["step"] <= step]
             partial = self.path.with_suffix(".tmp")
@@ -98,10 +102,10 @@ class Recorder(Callback):
         self._images += self.batch_size
         step = pl_module.step
         if step % self.every_steps == 0 or step == self.max_steps:
-            self._write(step, outputs["grad_norm"].item(), trainer.optimizers[0].param_groups[0]["lr"])
+            self._write(step, outputs["grad_norm"].item(), pl_module.lr)
 
     def _write(self, step: int, grad_norm: float, lr: float) -> None:
-        loss = self.loss_sum.item() / self.num_losses
+        loss = self.world.mean(self.loss_sum).item() / self.num_losses
         now = time.perf_counter()
         rate = self._images / (now - self._since)
         self.total_images += self._images
@@ -111,6 +115,8 @@ class Recorder(Callback):
 
         self.last = {"step": step, "images": step * self.batch_size, "loss": loss, "grad_norm": grad_norm, "lr": lr}
         self.last |= {"images_per_second": round(rate, 1), **self.beside()}
+        if not self.world.is_first:
+            return
         with self.path.open("a") as file:
             file.write(json.dumps(self.last) + "\n")
         if self.tracker:
@@ -150,7 +156,9 @@ class Preview(Callback):
         step = pl_module.step
         if step % self.every_steps == 0 or step == self.recorder.max_steps:
             with self.recorder.paused():
-                images = self.draw()
+                images = self.draw()  # in all processes, as each may have but a share of the weights
+                if not self.recorder.world.is_first:
+                    return
                 path = self.folder / f"step-{step:08d}.png"
                 path.write_bytes(encode_png(grid(images, self.columns)))
                 if self.recorder.tracker:
