@@ -212,12 +212,13 @@ def test_a_run_goes_on_bit_equal_with_all_its_optimizers(vae_config, gan):
         for key, value in weights(runs / "whole")[name].items():
             assert torch.equal(tensors[key], value), (name, key)
     last, undisturbed = (runs / name / "checkpoints" / "step-00000012" for name in ("parts", "whole"))
-    states = {"optimizer.pt", "optimizer-discriminator.pt"} if gan else {"optimizer.pt"}
-    assert {path.name for path in last.glob("optimizer*")} == states
+    assert checkpoint.layout(last, "optimizer") and bool(checkpoint.layout(last, "optimizer-discriminator")) == bool(
+        gan
+    )
     if gan:
-        state = checkpoint.load_state(last, "optimizer-discriminator")["state"]
-        assert {each["step"].item() for each in state.values()} == {8}  # from step 4 to 12
-        ours, theirs = (checkpoint.load_state(path, "run")["objective"] for path in (last, undisturbed))
+        state = checkpoint.load_weights(last, "optimizer-discriminator")
+        assert {value.item() for name, value in state.items() if name.endswith("/step")} == {8}  # from step 4 to 12
+        ours, theirs = (checkpoint.load_weights(path, "objective") for path in (last, undisturbed))
         assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
         assert not torch.equal(ours["discriminator.layers.0.weight"], PatchGAN(1, 8, 1).layers[0].weight)
 

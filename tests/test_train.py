@@ -106,7 +106,7 @@ def test_a_run_leaves_the_folder_of_the_design(undisturbed):
     pictures = sorted(path.name for path in (undisturbed / "samples").iterdir())
     assert pictures == ["step-00000015.png", "step-00000030.png", "step-00000040.png"]
     manifest = json.loads((undisturbed / "checkpoints" / "step-00000040" / "manifest.json").read_text())
-    assert set(manifest["files"]) == {"model.safetensors", "ema.safetensors", "optimizer.pt", "run.pt"}
+    assert set(manifest["files"]) == {".metadata", "__0_0.distcp", "state.json"}
     first, last = metrics(undisturbed)[0], metrics(undisturbed)[-1]
     assert first["loss"] == pytest.approx(1, abs=0.05) and first["images"] == 32
     assert last["loss"] < first["loss"]
@@ -259,19 +259,24 @@ def test_two_processes_cannot_train_one_run(config):
 def test_a_damaged_checkpoint_is_passed_over_loudly_and_none_intact_is_an_error(config, capsys):
     lines = train(config())
     root = Path(config().runs_dir) / "digits" / "checkpoints"
-    path = root / "step-00000012" / "model.safetensors"
+    path = root / "step-00000012" / "__0_0.distcp"
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
     (root / "step-00000013.tmp").mkdir()
     assert losses(train(config())) == losses(lines)
     assert "passing over the checkpoint" in capsys.readouterr().out
-    assert sorted(p.name for p in root.iterdir()) == ["step-00000010", "step-00000012", "step-00000012.corrupt"]
+    assert sorted(p.name for p in root.iterdir()) == [
+        "latest",
+        "step-00000010",
+        "step-00000012",
+        "step-00000012.corrupt",
+    ]
     (root / "step-00000012" / "manifest.json").write_text('{"files": {}}')
     assert checkpoint.newest(root).name == "step-00000010"
     (root / "step-00000012" / "manifest.json").write_text("[]")
     assert checkpoint.newest(root).name == "step-00000010"
-    for path in root.glob("step-*/run.pt"):
+    for path in root.glob("step-*/state.json"):
         path.write_bytes(path.read_bytes()[:-1])
     for _ in range(2):  # and again: a second start must not begin anew in silence
         with pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint in .* is intact"):

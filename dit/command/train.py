@@ -18,6 +18,7 @@ LEAST: dict[str, float] = {
     "trainer.checkpoint_every_steps": 1,
     "trainer.keep_checkpoints": 1,
     "trainer.tensor_parallel_size": 1,
+    "trainer.keep_every_steps": 1,
     "sampler.num_steps": 1,
     "noise.num_steps": 1,
     "learning_rate.warmup_steps": 0,

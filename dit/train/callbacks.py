@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from dit.data.image import encode_png, grid
 from dit.train import checkpoint
+from dit.train.checkpoint import Saver
 from dit.train.module import DiffusionModule
 from dit.train.preemption import Preemption
 from dit.train.tracker import WandB
@@ -176,6 +178,9 @@ class Checkpoints(Callback):
         recorder: whose clock stops meanwhile, and whose sums are part of the state.
         preemption: says when to stop.
         data: the fingerprint of the training data.
+        keep_every_steps: keep, too, those of multiples of so many steps.
+        asynchronous: write while training goes on.
+        snapshot_every_steps: keep the averaged weights alone of every so many steps, in `snapshots` beside root.
     """
 
     def __init__(
@@ -187,27 +192,32 @@ class Checkpoints(Callback):
         recorder: Recorder,
         preemption: Preemption,
         data: str,
+        *,
+        keep_every_steps: int | None = None,
+        asynchronous: bool = True,
+        snapshot_every_steps: int | None = None,
     ):
         self.root = root
         self.resume_from = resume_from
         self.every_steps = every_steps
-        self.keep = keep
         self.recorder = recorder
         self.preemption = preemption
-        self.data = data
+        self.snapshot_every_steps = snapshot_every_steps
+        self._saver = partial(
+            Saver, root, data=data, keep=keep, keep_every_steps=keep_every_steps, asynchronous=asynchronous
+        )
+        self._snapshooter = partial(Saver, root.parent / "snapshots", data=data, keep=None, asynchronous=asynchronous)
+        self._checked = False
 
     def on_train_start(self, trainer: Trainer, pl_module: DiffusionModule) -> None:  # type: ignore[override]
         """Load the state, and take over the signals from Lightning, which has just installed handlers of its own."""
         self.preemption.install()
+        self.saver = self._saver()  # now that there is a process group, if there is to be one
+        self.snapshooter = self._snapshooter() if self.snapshot_every_steps else None
         if self.resume_from is None:
             return self.recorder.rewind(0)
-        path = self.resume_from
-        state = checkpoint.load_state(path, "run")
-        pl_module.denoiser.network.load_state_dict(checkpoint.load_weights(path, "model"))
-        pl_module.ema.load_state_dict(checkpoint.load_weights(path, "ema"))
-        pl_module.objective.load_state_dict(state["objective"])
-        for name, optimizer in pl_module.named_optimizers.items():
-            optimizer.optimizer.load_state_dict(checkpoint.load_state(path, _file_of(name)))
+        pl_module.strategy.restore(pl_module, self.resume_from)
+        state = checkpoint.load_state(self.resume_from)
         pl_module.step = state["step"]
         self.recorder.load_state(state["recorder"])
         return self.recorder.rewind(state["step"])
@@ -216,26 +226,19 @@ class Checkpoints(Callback):
         self, trainer: Trainer, pl_module: DiffusionModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Commit a checkpoint where one is due; leave if asked to."""
+        if not self._checked:  # what cannot be saved is said after the first step
+            pl_module.strategy.saved(pl_module)
+            self._checked = True
         step = pl_module.step
+        self.preemption.exit_code = self.recorder.world.most(self.preemption.exit_code or 0) or None
         stop = self.preemption.exit_code is not None
-        if stop or step % self.every_steps == 0 or step == self.recorder.max_steps:
-            with self.recorder.paused():
-                self._save(pl_module)
+        last = stop or step == self.recorder.max_steps
+        with self.recorder.paused():
+            if self.snapshooter and self.snapshot_every_steps and step % self.snapshot_every_steps == 0:
+                self.snapshooter.save(step, pl_module.strategy.saved(pl_module, averages_only=True), {"step": step})
+            if last or step % self.every_steps == 0:
+                state = {"step": step, "recorder": self.recorder.state()}
+                self.saver.save(step, pl_module.strategy.saved(pl_module), state, wait=last)
+            if last and self.snapshooter:
+                self.snapshooter.wait()
         trainer.should_stop = stop
-
-    def _save(self, module: DiffusionModule) -> None:
-        state = {
-            "step": module.step,
-            "recorder": self.recorder.state(),
-            "objective": module.objective.state_dict(),
-        }
-        weights = {"model": module.denoiser.network.state_dict(), "ema": module.ema.state_dict()}
-        optimizers = {
-            _file_of(name): optimizer.optimizer.state_dict() for name, optimizer in module.named_optimizers.items()
-        }
-        checkpoint.save(self.root, module.step, weights, {**optimizers, "run": state}, data=self.data, keep=self.keep)
-
-
-def _file_of(network: str) -> str:
-    """The name of the file with the state of a network's optimizer."""
-    return "optimizer" if network == "denoiser" else f"optimizer-{network}"

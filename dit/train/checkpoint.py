@@ -1,75 +1,285 @@
-"""Checkpoints that are either whole or not there: written aside, synced, committed by rename, verified when read."""
+"""Checkpoints that are either whole or not there: written aside, synced, committed by rename, verified when read.
+
+A checkpoint is a folder that torch.distributed.checkpoint (DCP) wrote, each rank its own parts, and that any number of
+ranks can read: names, whole shapes, and nothing of how they were divided.
+
+    step-00000040/  __0_0.distcp ...   tensors, one file a rank; keys are `<group>/<name>`
+                    .metadata          which tensor lies where
+                    state.json         what else there is
+                    manifest.json      sizes and sha256 of all of these, and of itself
+    latest                             the name of the newest
+"""
 
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+import stat
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.default_planner import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    create_default_local_save_plan,
+)
+from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.tensor import DTensor
+
+from dit import __version__
+from dit.train.untrusted import Reader
 
 MANIFEST = "manifest.json"
+STATE = "state.json"
+METADATA = ".metadata"
+LATEST = "latest"
+FORMAT = 1
+
+Tensors = Mapping[str, Mapping[str, Tensor]]  # group -> name -> tensor, plain or DTensor
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # DCP's, in a single process
 
 
 class CheckpointError(RuntimeError):
-    """There are checkpoints, but none is intact."""
+    """There are checkpoints, but none is intact; or the one that a run was to leave could not be written."""
 
     exit_code = 4
 
 
-def save(
-    root: Path,
-    step: int,
-    weights: Mapping[str, Mapping[str, Tensor]],
-    states: Mapping[str, Any],
-    *,
-    data: str = "",
-    keep: int = 2,
-) -> Path:
-    """Commit `root/step-<step>`, and remove all but the newest `keep` checkpoints.
+class Saver:
+    """Commits the checkpoints of a run, of which training waits for a copy in memory only.
+
+    Parts are copied to buffers of the CPU, which are kept from save to save and pinned for a GPU; a thread writes them.
+    At most one save is under way. One that fails, as on a full disk, leaves nothing, is said once, and the next is
+    tried as usual. With several ranks, all must make it and call its methods in the same order, and the folder must be
+    one that they share.
 
     Args:
-        root: the folder of the run's checkpoints.
-        step: finished optimizer steps.
-        weights: tensors by name, each mapping a `.safetensors` file.
-        states: nested tensors and primitives, each a `.pt` file that `weights_only` reads.
+        root: the folder of the checkpoints.
         data: the fingerprint of the training data.
-        keep: how many checkpoints to keep, this one included.
+        keep: how many of the newest to keep; None keeps all.
+        keep_every_steps: keep, too, what is of a multiple of so many steps.
+        asynchronous: False writes while training waits, without the buffers.
+
+    Attributes:
+        stall_seconds: for how long callers have waited for its methods.
+        problem: why the last save failed; None if it did not.
     """
-    final = root / f"step-{step:08d}"
-    if final.exists():
-        return final
-    partial = final.with_suffix(".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, tensors in weights.items():
-        save_file({key: value.contiguous() for key, value in tensors.items()}, partial / f"{name}.safetensors")
-    for name, state in states.items():
-        torch.save(state, partial / f"{name}.pt")
-    manifest = {
-        "step": step,
-        "data": data,
-        "versions": {"torch": torch.__version__, "lightning": version("lightning")},
-        "files": {path.name: _fingerprint(path) for path in sorted(partial.iterdir())},
-    }
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    for path in [*partial.iterdir(), partial]:
-        _sync(path)
-    partial.rename(final)
-    _sync(root)
-    for old in committed(root)[:-keep]:
-        shutil.rmtree(old)
-    return final
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        data: str = "",
+        keep: int | None = 2,
+        keep_every_steps: int | None = None,
+        asynchronous: bool = True,
+    ):
+        self.root = root
+        self.data = data
+        self.keep = keep
+        self.keep_every_steps = keep_every_steps
+        self.asynchronous = asynchronous
+        self.stall_seconds = 0.0
+        self.problem: str | None = None
+        # A group of its own, since the thread's messages must not mix with those of training.
+        self.group: Any = None
+        if dist.is_initialized():
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+        self.rank = dist.get_rank() if self.group else 0
+        self.world_size = dist.get_world_size() if self.group else 1
+        self._thread: threading.Thread | None = None
+        self._buffers: dict[str, Tensor] = {}
+        self._plan: SavePlan | None = None
+        self._planned: dict[str, Any] = {}
+
+    def save(self, step: int, tensors: Tensors, state: Mapping[str, Any], *, wait: bool = False) -> None:
+        """Commit `root/step-<step>`, unless it is there; then remove those that are not to be kept.
+
+        Args:
+            step: finished optimizer steps.
+            tensors: of any device. A DTensor is saved as the parts of all ranks, a plain tensor once, since it must be
+                the same on all. All may change as soon as this returns.
+            state: what JSON can say.
+            wait: return when it is committed.
+
+        Raises:
+            CheckpointError: if it was waited for, and could not be written.
+        """
+        self.wait()
+        with self._stalling():
+            text = json.dumps(state, indent=1) + "\n"
+            named = {f"{group}/{name}": value for group, values in tensors.items() for name, value in values.items()}
+            plan = self._plan_of(named)
+            parts = {name: _part(value) for name, value in named.items()}
+            if self.asynchronous and not wait:
+                arguments = (step, plan, self._staged(parts), text)
+                self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
+                self._thread.start()
+                return
+            self._write(step, plan, parts, text, alert=not wait)
+        if wait and self.problem:
+            raise CheckpointError(
+                f"the checkpoint of step {step} could not be written ({self.problem}): mend that, and the same command "
+                "goes on from the one before"
+            )
+
+    def wait(self) -> None:
+        """Return when no save is under way."""
+        with self._stalling():
+            if self._thread:
+                self._thread.join()
+                self._thread = None
+
+    @contextmanager
+    def _stalling(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.stall_seconds += time.perf_counter() - began
+
+    def _plan_of(self, tensors: Mapping[str, Tensor]) -> SavePlan:
+        """Which parts this rank has of which tensors: the same at each save, as a rule."""
+        planned = {name: (value.shape, value.dtype) for name, value in tensors.items()}
+        if self._plan is None or planned != self._planned:
+            self._plan = create_default_local_save_plan(dict(tensors), self.rank == 0)
+            self._planned = planned
+        return self._plan
+
+    def _staged(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies of parts in the buffers."""
+        buffers = {}
+        for name, part in parts.items():
+            buffer = self._buffers.get(name)
+            if buffer is None or buffer.shape != part.shape or buffer.dtype != part.dtype:
+                buffer = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
+            buffers[name] = buffer.copy_(part, non_blocking=True)
+        if any(part.is_cuda for part in parts.values()):
+            torch.cuda.synchronize()
+        self._buffers = buffers
+        return buffers
+
+    def _write(self, step: int, plan: SavePlan, parts: dict[str, Tensor], state: str, *, alert: bool = True) -> None:
+        """Write and commit; what goes wrong, on whichever rank, is the problem of all."""
+        final = self.root / f"step-{step:08d}"
+        partial = final.with_suffix(".tmp")
+        try:
+            if self._agreed(lambda: self.rank == 0 and _begun(partial, final))[0]:
+                dcp.save(
+                    parts,
+                    storage_writer=_Writer(partial, per_thread_copy_ahead=0),
+                    planner=_Planner(plan),
+                    process_group=self.group,
+                    no_dist=self.group is None,
+                )
+                files = {k: v for own in self._agreed(lambda: self._finished(partial, state)) for k, v in own.items()}
+                self._agreed(lambda: self._commit(partial, final, files) if self.rank == 0 else None)
+        except Exception as error:  # a run outlives whatever befalls its checkpoints
+            failures = getattr(error, "failures", None)  # DCP's, by rank
+            reason = next(iter(failures.values()))[0] if failures else error
+            problem = " ".join(str(reason).split())[:300] or type(reason).__name__
+            if self.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                if alert and self.problem is None:
+                    print(
+                        f"dit: WARNING: {final} could not be written ({problem}); training goes on, older checkpoints "
+                        "stay, and the next one is tried as usual",
+                        flush=True,
+                    )
+            self.problem = problem
+        else:
+            if self.problem and self.rank == 0:
+                print(f"dit: checkpoints are written again, {final}", flush=True)
+            self.problem = None
+
+    def _agreed(self, function: Callable[[], Any]) -> list[Any]:
+        """What a function returns on each rank; where it fails on one, it fails on all."""
+        mine: tuple[Any, str | None]
+        try:
+            mine = function(), None
+        except Exception as error:
+            mine = None, f"{error}"
+        everyone: list[Any] = [mine]
+        if self.group:
+            everyone = [None] * self.world_size
+            dist.all_gather_object(everyone, mine, group=self.group)
+        for _, problem in everyone:
+            if problem is not None:
+                raise OSError(problem)
+        return [result for result, _ in everyone]
+
+    def _finished(self, partial: Path, state: str) -> dict[str, Any]:
+        """The fingerprints of the files of this rank, which are synced then."""
+        own = sorted(partial.glob(f"__{self.rank}_*.distcp"))
+        if self.rank == 0:
+            (partial / STATE).write_text(state)
+            own += [partial / STATE, partial / METADATA]
+        for path in own:
+            _sync(path)
+        return {path.name: _fingerprint(path) for path in own}
+
+    def _commit(self, partial: Path, final: Path, files: Mapping[str, Any]) -> None:
+        manifest = {
+            "format": FORMAT,
+            "step": step_of(final),
+            "data": self.data,
+            "world_size": self.world_size,
+            "versions": {"dit": __version__, "torch": torch.__version__, "lightning": version("lightning")},
+            "files": dict(sorted(files.items())),
+        }
+        latest = self.root / f"{LATEST}.tmp"
+        (partial / MANIFEST).write_text(_sealed(manifest))
+        latest.write_text(f"{final.name}\n")
+        for path in (partial / MANIFEST, partial, latest):
+            _sync(path)
+        partial.rename(final)
+        _sync(self.root)
+        latest.replace(self.root / LATEST)
+        _sync(self.root)
+        if self.keep is not None:
+            for old in committed(self.root)[: -self.keep]:
+                if not self.keep_every_steps or step_of(old) % self.keep_every_steps:
+                    shutil.rmtree(old.rename(old.with_suffix(".tmp")))  # never half there under its own name
+
+
+class _Planner(DefaultSavePlanner):
+    """Where parts belong was planned of the tensors themselves; what is written of them are plain parts."""
+
+    def __init__(self, plan: SavePlan):
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.planned = plan
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = self.planned
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return self.state_dict[index.fqn]
+
+
+class _Writer(dcp.FileSystemWriter):
+    """DCP's, without the paths of this machine in the metadata."""
+
+    def storage_meta(self) -> StorageMeta | None:
+        return None
 
 
 def committed(root: Path) -> list[Path]:
     """The checkpoints that were committed, oldest first."""
-    return sorted(path for path in root.glob("step-*") if not path.suffix)
+    return sorted(path for path in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
 
 
 def newest(root: Path) -> Path | None:
@@ -87,29 +297,30 @@ def newest(root: Path) -> Path | None:
     return None
 
 
-def clean(root: Path, resume_from: Path) -> None:
+def clean(root: Path, resume_from: Path | None) -> None:
     """Remove what a killed save left, and put aside as `step-*.corrupt` what was passed over for resume_from.
 
     Only for the process that trains the run.
     """
     for stale in root.glob("step-*.tmp"):
         shutil.rmtree(stale)
-    for path in committed(root):
-        if step_of(path) > step_of(resume_from):
-            aside = path.with_suffix(".corrupt")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
+    for path in committed(root) if resume_from else []:
+        if resume_from and step_of(path) > step_of(resume_from):
+            _put_aside(path)
 
 
 def verify(path: Path) -> str | None:
     """What is wrong with a checkpoint; None if it is what was saved."""
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-        if not {"model.safetensors", "run.pt"} <= files.keys():
-            return f"{MANIFEST} lists too few files"
-        for name, fingerprint in files.items():
-            if _fingerprint(path / name) != fingerprint:
-                return f"{name} is not what was saved"
+        files = _manifest(path)["files"]
+        if missing := {METADATA, STATE} - files.keys():
+            return f"{MANIFEST} does not list {missing.pop()}"
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing leaves the interpreter to others
+            for name, found in zip(files, pool.map(lambda name: _found(path, name), files), strict=True):
+                if found != files[name]:
+                    return f"{name} is {'not what was saved' if found else 'missing'}"
+        _reader(path)
+        load_state(path)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return f"{error}"
     return None
@@ -122,19 +333,135 @@ def step_of(path: Path) -> int:
 
 def data_of(path: Path) -> str:
     """The fingerprint of the data with which a checkpoint was trained."""
-    fingerprint: str = json.loads((path / MANIFEST).read_text())["data"]
+    fingerprint: str = _manifest(path)["data"]
     return fingerprint
 
 
-def load_weights(path: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of one `.safetensors` file of a checkpoint."""
-    tensors: dict[str, Tensor] = load_file(path / f"{name}.safetensors")
+def load_state(path: Path) -> dict[str, Any]:
+    """What was saved beside the tensors."""
+    state = json.loads((path / STATE).read_text())
+    if not isinstance(state, dict):
+        raise ValueError(f"{STATE} holds no state")
+    return state
+
+
+def layout(path: Path, group: str) -> dict[str, Tensor]:
+    """The tensors of a group without their numbers, on the meta device; none where there is no such group.
+
+    Raises:
+        CheckpointError: if the checkpoint is not one.
+    """
+    try:
+        entries: Mapping[str, Any] = _reader(path).metadata.state_dict_metadata
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    found = {name.partition("/"): entry for name, entry in entries.items()}
+    return {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+        for (prefix, _, name), entry in found.items()
+        if prefix == group
+    }
+
+
+def load_weights(path: Path, group: str) -> dict[str, Tensor]:
+    """The tensors of a group, whole and on the CPU, in one process of however many.
+
+    Raises:
+        CheckpointError: if there is no such group, or they cannot be read.
+    """
+    tensors = {name: torch.empty_like(value, device="cpu") for name, value in layout(path, group).items()}
+    if not tensors:
+        raise CheckpointError(f"{path} has no {group}")
+    load_into(path, {group: tensors})
     return tensors
 
 
-def load_state(path: Path, name: str) -> Any:
-    """The contents of one `.pt` file of a checkpoint, on the CPU; only tensors and primitives are read."""
-    return torch.load(path / f"{name}.pt", map_location="cpu", weights_only=True)
+def load_into(path: Path, tensors: Tensors) -> None:
+    """Read the numbers of tensors in place, of a DTensor this rank's part, however it was divided when it was saved.
+
+    Args:
+        path: the checkpoint.
+        tensors: of any device, each of the shape it was saved with; its dtype may be another.
+
+    Raises:
+        CheckpointError: if one is not there, has another shape, or cannot be read.
+    """
+    named = {f"{group}/{name}": value for group, values in tensors.items() for name, value in values.items()}
+    try:
+        with torch.no_grad():
+            dcp.load(
+                named,
+                storage_reader=_reader(path),
+                planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                no_dist=True,  # each rank finds its parts by itself
+            )
+    except (dcp.CheckpointException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        failures = getattr(error, "failures", None)
+        reason = next(iter(failures.values()))[0] if failures else error
+        short = re.split(r"\. |Re-running|\n", f"{type(reason).__name__}: {reason}")[0][:200]  # of torch's long advice
+        raise CheckpointError(f"{path} cannot be read ({short})") from error
+
+
+def _begun(partial: Path, final: Path) -> bool:
+    """Make the folder to write in; False if the checkpoint is there already."""
+    if final.exists():
+        if verify(final) is None:
+            return False
+        _put_aside(final)
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    return True
+
+
+def _put_aside(path: Path) -> None:
+    aside = path.with_suffix(".corrupt")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+
+
+def _part(value: Tensor) -> Tensor:
+    """What this rank has of a tensor."""
+    part: Tensor = value.to_local() if isinstance(value, DTensor) else value
+    return part.detach()
+
+
+def _reader(path: Path) -> Reader:
+    return Reader(path, {name: found["bytes"] for name, found in _manifest(path)["files"].items()})
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """What the manifest says.
+
+    Raises:
+        ValueError: if it is not what was saved, or of another format.
+    """
+    text = (path / MANIFEST).read_text()
+    try:
+        manifest: dict[str, Any] = json.loads(text)
+        number = manifest.get("format")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{MANIFEST} is not what was saved") from error
+    if number != FORMAT:
+        raise ValueError(
+            f"{MANIFEST} is of format {number}, which another version of dit reads; this one reads {FORMAT}"
+        )
+    if _sealed({name: value for name, value in manifest.items() if name != "sha256"}) != text:
+        raise ValueError(f"{MANIFEST} is not what was saved")
+    return manifest
+
+
+def _sealed(manifest: Mapping[str, Any]) -> str:
+    """The text of a manifest, with the sha256 of its other lines."""
+    digest = hashlib.sha256(json.dumps(manifest, indent=1).encode()).hexdigest()
+    return json.dumps({**manifest, "sha256": digest}, indent=1) + "\n"
+
+
+def _found(path: Path, name: str) -> dict[str, Any] | None:
+    """The fingerprint of a file of a checkpoint; None if there is none, or it is none of the folder's own."""
+    if not re.fullmatch(r"[\w.-]+", name) or not (path / name).exists():
+        return None
+    return _fingerprint(path / name) if stat.S_ISREG((path / name).lstat().st_mode) else None
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

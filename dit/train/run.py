@@ -289,6 +289,9 @@ class Run:
             recorder,
             preemption,
             self._fingerprint(),
+            keep_every_steps=options.keep_every_steps,
+            asynchronous=options.asynchronous_checkpoints,
+            snapshot_every_steps=cfg.ema.get("snapshot_every_steps"),
         )
         trainer = Trainer(
             accelerator=options.accelerator,

@@ -179,7 +179,7 @@ class Strategy:
         """What a moving average follows: this process's parts of the parameters, by name."""
         return dict(network.named_parameters())
 
-    def saved(self, module: Any) -> dict[str, dict[str, Tensor]]:
+    def saved(self, module: Any, averages_only: bool = False) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds, by group and name, in neutral form: plain tensors, or DTensors.
 
         The groups are `model`, each profile of the moving average, `optimizer` or `optimizer-<network>` with names
@@ -187,8 +187,12 @@ class Strategy:
 
         Args:
             module: a `DiffusionModule`.
+            averages_only: leave all others out.
+
+        Raises:
+            ValueError: if an optimizer keeps what is no tensor.
         """
-        held = self._held(module)
+        held = dict(module.ema.averages) if averages_only else self._held(module)
         return {group: {name: self.neutral(name, value) for name, value in held[group].items()} for group in held}
 
     @torch.no_grad()
@@ -200,7 +204,7 @@ class Strategy:
             path: of the checkpoint, whatever strategy saved it.
         """
         for network, optimizer in self.optimizers.items():
-            self._allocate(optimizer, self._names(module, network), checkpoint.names(path, group_of(network)))
+            self._allocate(optimizer, self._names(module, network), checkpoint.layout(path, group_of(network)))
         held = self._held(module)
         read = {group: {name: self.neutral(name, value) for name, value in held[group].items()} for group in held}
         checkpoint.load_into(path, read)
@@ -218,9 +222,14 @@ class Strategy:
         held = self._weights(module)
         for network, optimizer in self.optimizers.items():
             names = self._names(module, network)
-            held[group_of(network)] = {
-                f"{names[p]}/{key}": value for p, state in optimizer.state.items() for key, value in state.items()
-            }
+            state = {f"{names[p]}/{key}": value for p, kept in optimizer.state.items() for key, value in kept.items()}
+            for name, value in state.items():
+                if not isinstance(value, Tensor):
+                    raise ValueError(
+                        f"the optimizer keeps {name}={value!r}, which is no tensor and cannot be saved: choose another "
+                        "one, like torch.optim.AdamW"
+                    )
+            held[group_of(network)] = state
         return held
 
     @staticmethod
@@ -238,17 +247,18 @@ class Strategy:
         return names | {p: name for name, p in module.network.named_parameters()}
 
     @staticmethod
-    def _allocate(optimizer: Optimizer, names: Mapping[Tensor, str], there: Mapping[str, Any]) -> None:
-        """Make room for a state that is to be loaded, as `there`: name -> something with size and dtype."""
+    def _allocate(optimizer: Optimizer, names: Mapping[Tensor, str], layout: Mapping[str, Tensor]) -> None:
+        """Make room for a state of this layout, divided as the parameters are."""
         parameters = {names[p]: p for group in optimizer.param_groups for p in group["params"]}
-        for name, kind in there.items():
+        on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+        for name, like in layout.items():
             of, _, key = name.rpartition("/")
             p = parameters[of]
-            whole = tuple(kind.size) == tuple(p.shape)
-            state = torch.zeros_like(p, dtype=kind.dtype) if whole else torch.zeros(kind.size, dtype=kind.dtype)
-            if not whole and optimizer.defaults.get("fused"):
-                state = state.to(p.device)  # where the fused kernels want their count of steps
-            optimizer.state[p][key] = state
+            if like.shape == p.shape and key != "step":
+                optimizer.state[p][key] = torch.zeros_like(p, dtype=like.dtype, requires_grad=False)
+            else:  # counts of steps are where torch makes them
+                device = p.device if key != "step" or on_device else torch.device("cpu")
+                optimizer.state[p][key] = torch.zeros_like(like, device=device)
 
 
 def by_layout(parameters: Sequence[Tensor]) -> list[dict[str, list[Tensor]]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dit.train import checkpoint
-from dit.train.strategy import Strategy, group_of
+from dit.train.strategy import Strategy
 from dit.train.world import World
 
 
@@ -96,16 +96,19 @@ class Zero(Strategy):
         """Parameters; in stage 3 this process's partitions of them, (ceil(numel / processes),)."""
         return {name: getattr(p, "ds_tensor", p) for name, p in network.named_parameters()}
 
-    def saved(self, module: Any) -> dict[str, dict[str, Tensor]]:
+    def saved(self, module: Any, averages_only: bool = False) -> dict[str, dict[str, Tensor]]:
         """Whole tensors, in the first process alone."""
         get = self._deepspeed.utils.safe_get_full_optimizer_state
-        saved = self._weights(module)
+        saved = {profile: dict(average) for profile, average in module.ema.averages.items()}
+        saved |= {} if averages_only else self._weights(module)
         parameters = dict(module.network.named_parameters())
         if self.stage == 3:
             for name, p in parameters.items():
-                for group in ("model", *module.ema.averages):
+                for group in saved.keys() - {"objective"}:
                     part = p.ds_tensor if group == "model" else saved[group][name]
                     saved[group][name] = self._gathered(part, p)
+        if averages_only:
+            return saved if self.world.is_first else {}
         state = next(iter(self.optimizers["denoiser"].state.values()), {})
         trained = {name: p for name, p in parameters.items() if p.requires_grad}
         saved["optimizer"] = {
@@ -120,38 +123,33 @@ class Zero(Strategy):
         """Take up what a checkpoint holds, every process its parts of whole tensors."""
         utils, zero = self._deepspeed.utils, self._engine.optimizer
         parameters = dict(module.network.named_parameters())
-        kinds = checkpoint.names(path, group_of("denoiser"))
-        keys = {name.rpartition("/")[2]: kind for name, kind in kinds.items()}
+        keys = {name.rpartition("/")[2]: like for name, like in checkpoint.layout(path, "optimizer").items()}
         flat = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
         for part in flat:
             self.optimizers["denoiser"].state[part] = {
-                key: torch.zeros((), dtype=kind.dtype) if not kind.size else torch.zeros_like(part)
-                for key, kind in keys.items()
+                key: torch.zeros_like(part if like.ndim else like, device=part.device) for key, like in keys.items()
             }
         if self.stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
-        for group in ("model", "objective", *module.ema.averages, group_of("denoiser")):
-            there = checkpoint.names(path, group)
-            whole = {name: torch.empty(kind.size, dtype=kind.dtype) for name, kind in there.items()}
-            checkpoint.load_into(path, {group: whole})
-            if group == "objective":
-                module.objective.load_state_dict(whole)
-            for name, value in whole.items():
-                of, _, key = name.rpartition("/")
-                p = parameters.get(of if group == group_of("denoiser") else name)
-                if group == group_of("denoiser") and value.ndim == 0:
-                    for state in self.optimizers["denoiser"].state.values():
-                        state[key].copy_(value)
-                elif group == group_of("denoiser"):
-                    utils.safe_set_full_optimizer_state(p, value.to(self.device), key)
-                elif group == "model" and p is not None:
-                    getattr(p, "ds_tensor", p).copy_(self._part(value, p))
-                    if p.requires_grad:
-                        utils.safe_set_full_fp32_param(p, value.to(self.device))
-                elif group == "model":
-                    module.network.state_dict()[name].copy_(value)
-                elif group != "objective":
-                    module.ema.averages[group][name].copy_(self._part(value, p))
+        for name, value in checkpoint.load_weights(path, "model").items():
+            if name not in parameters:
+                module.network.state_dict()[name].copy_(value)
+                continue
+            p = parameters[name]
+            getattr(p, "ds_tensor", p).copy_(self._part(value, p))
+            if p.requires_grad:
+                utils.safe_set_full_fp32_param(p, value.to(self.device))
+        for profile, average in module.ema.averages.items():
+            for name, value in checkpoint.load_weights(path, profile).items():
+                average[name].copy_(self._part(value, parameters[name]))
+        for name, value in checkpoint.load_weights(path, "optimizer").items():
+            of, _, key = name.rpartition("/")
+            if value.ndim:
+                utils.safe_set_full_optimizer_state(parameters[of], value.to(self.device), key)
+            else:  # the same count of steps for all
+                for state in self.optimizers["denoiser"].state.values():
+                    state[key].copy_(value)
+        checkpoint.load_into(path, {"objective": module.objective.state_dict()})
 
     def _gathered(self, part: Tensor, p: Any) -> Tensor:
         """The whole tensor of the partitions of all processes, on the CPU."""
