@@ -59,7 +59,7 @@ def memory(parts: Parts, batch_size: int) -> Memory:
         network._apply(lambda p: torch.empty(p.shape, dtype=p.dtype, device="cpu"))
         arrange(network, checkpointing=options.activation_checkpointing)
         parameters = alive.bytes
-        average = build(parts.cfg.ema)(network)
+        average = build(parts.cfg.ema)(dict(network.named_parameters()))
         ema = alive.bytes - parameters
         trained = [p for p in network.parameters() if p.requires_grad]
         for p in trained:

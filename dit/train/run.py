@@ -262,7 +262,7 @@ class Run:
             self.tracker = None
         if self.tracker:
             self.tracker.start(self.folder, self.resolved)
-        preemption = Preemption()
+        preemption = Preemption(speaks=self.world.is_first)
         recorder = Recorder(
             self.folder / "metrics.jsonl",
             options.max_steps,

@@ -325,12 +325,13 @@ class _Whole(TorchFunctionMode):
     So the numbers are those of a single device, while only one tensor at a time is whole.
     """
 
-    FUNCTIONS = ("normal_", "uniform_", "trunc_normal_", "copy_")
+    FUNCTIONS = ("normal_", "uniform_", "copy_")  # and all of torch.nn.init
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         target = args[0] if args else kwargs.get("tensor")
-        if not isinstance(target, DTensor) or getattr(func, "__name__", "") not in self.FUNCTIONS:
+        draws = getattr(func, "__module__", None) == "torch.nn.init"
+        if not isinstance(target, DTensor) or not (draws or getattr(func, "__name__", "") in self.FUNCTIONS):
             return func(*args, **kwargs)
         whole = torch.empty(target.shape, dtype=target.dtype)
         if args:

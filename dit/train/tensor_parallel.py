@@ -39,11 +39,11 @@ def check(network: nn.Module, size: int) -> None:
     for unit in units:
         for name, module in unit.named_modules():
             if name in COLUMNS and isinstance(module, nn.Linear):
-                width = module.out_features // COLUMNS[name]
-                heads = getattr(unit.get_submodule(name.partition(".")[0]), "num_heads", width)
-                if heads % size or width % size:
-                    what = f"{heads} heads" if heads % size else f"a width of {width}"
-                    raise ValueError(f"trainer.tensor_parallel_size={size} does not divide {what} of {name}")
+                heads = getattr(unit.get_submodule(name.partition(".")[0]), "num_heads", None)
+                parts = heads or module.out_features // COLUMNS[name]
+                if parts % size:
+                    what = f"model.num_heads={heads}" if heads else f"the width {parts} of {name} (model.mlp_ratio)"
+                    raise ValueError(f"trainer.tensor_parallel_size={size} does not divide {what}")
 
 
 def divide(network: nn.Module, mesh: DeviceMesh) -> dict[str, int]:

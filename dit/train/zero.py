@@ -104,7 +104,7 @@ class Zero(Strategy):
         parameters = dict(module.network.named_parameters())
         if self.stage == 3:
             for name, p in parameters.items():
-                for group in saved.keys() - {"objective"}:
+                for group in [group for group in saved if group != "objective"]:
                     part = p.ds_tensor if group == "model" else saved[group][name]
                     saved[group][name] = self._gathered(part, p)
         if averages_only:
