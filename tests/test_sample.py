@@ -23,6 +23,7 @@ VARIED = {
     ],
     "superres": ["condition=superresolution", "condition.factor=2", "trainer.max_steps=60"],
     "inpaint": ["condition=label_inpainting"],
+    "power": ["ema=power", "optimizer.lr=0.1"],
     "learned": ["model.learn_sigma=true", "objective.bound_weight=1", "sampler=ddpm", "sampler.variance=learned"],
 }
 
@@ -113,6 +114,16 @@ def test_raw_and_averaged_weights_differ(runs, tmp_path):
         draw(runs, "run=plain", f"weights={w}", f"out={tmp_path}/{w}.png").read_bytes() for w in ("ema", "model")
     ]
     assert pictures[0] != pictures[1]
+
+
+def test_every_average_of_a_run_draws(runs, tmp_path):
+    pictures = {
+        draw(runs, "run=power", f"weights={w}", f"out={tmp_path}/{w}.png").read_bytes()
+        for w in ("ema", "ema_long", "model")
+    }
+    assert len(pictures) == 3
+    with pytest.raises(ConfigError, match="weights=best: choose one of ema, ema_long, model"):
+        draw(runs, "run=power", "weights=best")
 
 
 @pytest.mark.parametrize(

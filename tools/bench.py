@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from bench_data import data
+from bench_ema import ema
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -115,6 +116,13 @@ def main() -> None:
     command = commands.add_parser("data", help="samples a second, against webdataset's reader; going on at a step")
     command.set_defaults(run=data)
     command.add_argument("--samples", type=int, default=8000)
+    command.add_argument("--repeats", type=int, default=5)
+    command.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
+    command = commands.add_parser("ema", help="what averaging the weights adds to a training step")
+    command.set_defaults(run=ema)
+    command.add_argument("overrides", nargs="*", default=["model=dit_b_2"], help="of a recipe, as for dit doctor")
+    command.add_argument("--batch-size", type=int, default=8)
+    command.add_argument("--steps", type=int, default=1, help="in each repeat")
     command.add_argument("--repeats", type=int, default=5)
     command.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
     options = parser.parse_args()

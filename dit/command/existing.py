@@ -61,7 +61,18 @@ def check_run(cfg: DictConfig, least: dict[str, float]) -> None:
         ConfigError: naming the value and the way out.
     """
     check_least(cfg, {"batch_size": 1, "seed": 0, "sampler.num_steps": 1, "guidance.scale": 0, **least})
-    check_choices(cfg, {"weights": ("ema", "model"), "accelerator": ("auto", "cpu", "gpu")})
+    check_choices(cfg, {"weights": weights_of(cfg), "accelerator": ("auto", "cpu", "gpu")})
+
+
+def weights_of(cfg: DictConfig) -> list[str]:
+    """The weights that a run has: its averages, and the raw ones.
+
+    Raises:
+        ConfigError: if there is no such run.
+    """
+    with user_errors():
+        had = saved.config(Path(cfg.runs_dir) / str(cfg.run))
+    return [*OmegaConf.select(had, "ema.profiles", default=["ema"]), "model"]
 
 
 def check_picture(out: str) -> None:

@@ -25,6 +25,7 @@ LEAST: dict[str, float] = {
     "optimizer.weight_decay": 0,
     "evaluation.num_images": 100,
     "evaluation.batch_size": 1,
+    "ema.snapshot_every_steps": 1,
     "seed": 0,
 }
 POSITIVE = ("optimizer.lr", "trainer.max_grad_norm", "objective.max_weight", "guidance.clip")

@@ -37,8 +37,10 @@ from torch.distributed.checkpoint.default_planner import (
     create_default_local_save_plan,
 )
 from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
-from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
+from torch.futures import Future
 
 from dit import __version__
 from dit.train.untrusted import Reader
@@ -48,6 +50,14 @@ STATE = "state.json"
 METADATA = ".metadata"
 LATEST = "latest"
 FORMAT = 1
+UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+)  # of files that hold anything
 
 Tensors = Mapping[str, Mapping[str, Tensor]]  # group -> name -> tensor, plain or DTensor
 
@@ -187,7 +197,7 @@ class Saver:
                 )
                 files = {k: v for own in self._agreed(lambda: self._finished(partial, state)) for k, v in own.items()}
                 self._agreed(lambda: self._commit(partial, final, files) if self.rank == 0 else None)
-        except Exception as error:  # a run outlives whatever befalls its checkpoints
+        except (Exception, dcp.CheckpointException) as error:  # a run outlives whatever befalls its checkpoints
             failures = getattr(error, "failures", None)  # DCP's, by rank
             reason = next(iter(failures.values()))[0] if failures else error
             problem = " ".join(str(reason).split())[:300] or type(reason).__name__
@@ -271,10 +281,21 @@ class _Planner(DefaultSavePlanner):
 
 
 class _Writer(dcp.FileSystemWriter):
-    """DCP's, without the paths of this machine in the metadata."""
+    """DCP's, without the paths of this machine in the metadata, and with the causes of its failures."""
 
     def storage_meta(self) -> StorageMeta | None:
         return None
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            cause: BaseException | None = error
+            while cause and not isinstance(cause, OSError):  # of a full disk torch says "unexpected pos 704 vs 598"
+                cause = cause.__context__
+            if cause is None:
+                raise
+            raise cause from None
 
 
 def committed(root: Path) -> list[Path]:
@@ -321,7 +342,7 @@ def verify(path: Path) -> str | None:
                     return f"{name} is {'not what was saved' if found else 'missing'}"
         _reader(path)
         load_state(path)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         return f"{error}"
     return None
 
@@ -353,7 +374,7 @@ def layout(path: Path, group: str) -> dict[str, Tensor]:
     """
     try:
         entries: Mapping[str, Any] = _reader(path).metadata.state_dict_metadata
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     found = {name.partition("/"): entry for name, entry in entries.items()}
     return {
@@ -395,7 +416,7 @@ def load_into(path: Path, tensors: Tensors) -> None:
                 planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
                 no_dist=True,  # each rank finds its parts by itself
             )
-    except (dcp.CheckpointException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (dcp.CheckpointException, *UNREADABLE) as error:
         failures = getattr(error, "failures", None)
         reason = next(iter(failures.values()))[0] if failures else error
         short = re.split(r"\. |Re-running|\n", f"{type(reason).__name__}: {reason}")[0][:200]  # of torch's long advice
@@ -436,8 +457,10 @@ def _manifest(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: if it is not what was saved, or of another format.
     """
-    text = (path / MANIFEST).read_text()
+    if not _own(path / MANIFEST):
+        raise ValueError(f"{MANIFEST} is missing")
     try:
+        text = (path / MANIFEST).read_text()
         manifest: dict[str, Any] = json.loads(text)
         number = manifest.get("format")
     except (ValueError, AttributeError) as error:
@@ -459,9 +482,12 @@ def _sealed(manifest: Mapping[str, Any]) -> str:
 
 def _found(path: Path, name: str) -> dict[str, Any] | None:
     """The fingerprint of a file of a checkpoint; None if there is none, or it is none of the folder's own."""
-    if not re.fullmatch(r"[\w.-]+", name) or not (path / name).exists():
-        return None
-    return _fingerprint(path / name) if stat.S_ISREG((path / name).lstat().st_mode) else None
+    return _fingerprint(path / name) if re.fullmatch(r"[\w.-]+", name) and _own(path / name) else None
+
+
+def _own(path: Path) -> bool:
+    """Whether there is such a file, which is no link, nor anything that would not answer."""
+    return path.exists() and stat.S_ISREG(path.lstat().st_mode)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

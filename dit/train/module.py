@@ -32,7 +32,7 @@ class DiffusionModule(LightningModule):
         latent: images <-> what the network sees.
         optimizer: parameters -> optimizer.
         learning_rate: step -> factor on the optimizer's lr.
-        ema: network -> its moving average.
+        ema: parameters by name -> their moving averages.
         seed: of all random numbers.
         lanes: the lanes among which a global batch is divided for its random numbers.
         num_micro_batches: gradient accumulation: a process's part of the batch passes the network in so many parts.

@@ -20,6 +20,8 @@ FREE |= {
     f"data.{name}" for name in ("path", "held_out", "images", "index", "cache", "cache_gb", "num_workers", "max_bad")
 }
 FREE |= {"init"}
+FREE |= {"ema.device", "ema.snapshot_every_steps"}
+FREE |= {"ema.profiles.ema.decay", "ema.profiles.ema.warmup"}  # which repeat ema.decay and ema.warmup
 FREE |= {"condition.name"}  # of a text encoder, which may move; its width is checked
 FIXED = {f"trainer.{name}" for name in ("batch_size", "micro_batch_size", "lanes", "precision", "max_grad_norm")}
 

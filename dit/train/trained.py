@@ -35,7 +35,7 @@ def load(parts: Parts, path: Path, weights: str = "ema") -> Denoiser:
     Args:
         parts: of the run.
         path: the checkpoint.
-        weights: `ema`, or `model` for the raw weights.
+        weights: the name of an average, or `model` for the raw weights.
     """
     denoiser = parts.denoiser()
     denoiser.network.load_state_dict(checkpoint.load_weights(path, "model"))
