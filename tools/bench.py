@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from bench_data import data
 from bench_ema import ema
+from bench_memory import memory
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -124,6 +125,11 @@ def main() -> None:
     command.add_argument("--batch-size", type=int, default=8)
     command.add_argument("--steps", type=int, default=1, help="in each repeat")
     command.add_argument("--repeats", type=int, default=5)
+    command = commands.add_parser("memory", help="bytes of a rank under FSDP2, beside one process's and the predicted")
+    command.set_defaults(run=memory)
+    command.add_argument("overrides", nargs="*", default=["model=dit_b_2"], help="of a recipe, as for dit doctor")
+    command.add_argument("--processes", type=int, default=4)
+    command.add_argument("--batch-size", type=int, default=2, help="images of each")
     command.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -35,6 +35,8 @@ CHOICES: dict[str, Sequence[Any]] = {
     "trainer.precision": ("auto", "32-true", "bf16-mixed"),
     "trainer.strategy": ("single", "ddp", "fsdp", "zero1", "zero2", "zero3"),
     "trainer.shard": ("world", "node"),
+    "trainer.offload": (True, False),
+    "trainer.dry_run": (True, False),
     "trainer.activation_checkpointing": ("none", "full", "selective"),
 }
 
@@ -70,7 +72,16 @@ def tell_apart(cfg: DictConfig, suffix: str) -> None:
 
 
 def main(cfg: DictConfig) -> int:
-    """Train; the exit code. Several devices of this machine are given a process each, if no launcher has done so."""
+    """Train, or with trainer.dry_run only say what it would need; the exit code.
+
+    Several devices of this machine are given a process each, if no launcher has done so.
+    """
+    if cfg.trainer.dry_run:
+        from dit.command.dry_run import report
+
+        with user_errors():
+            print(report(cfg))
+        return 0
     with user_errors():
         from dit.train import devices
         from dit.train.world import World

@@ -1,0 +1,400 @@
+"""What a training step needs of each of many GPUs, predicted on a laptop: memory, communication and time.
+
+Memory is counted with the shapes that the first rank holds, the real optimizer and the real average. Communication is
+that of NCCL's rings. Times follow from data sheets and from `EFFICIENCY` and `OVERLAP`, which are assumptions.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import DictConfig
+
+from dit.train.build import Parts
+from dit.train.cost import SPLIT, Memory, Passes, multiply_adds, passes, shard, split, states
+from dit.train.hardware import Hardware
+
+STRATEGIES = ("single", "ddp", "fsdp", "zero1", "zero2", "zero3")
+ASSUMED_GPUS = 8  # of a node, where the configuration does not say and none is here
+
+# Until they are measured on the machine in question:
+EFFICIENCY = 0.4  # of the peak that matrix products reach, everything around them counted in
+OVERLAP = 0.8  # of the time of computing in which communication can hide, where a strategy lets it
+
+# Of DeepSpeed, as Lightning and DeepSpeed set them, in numbers, not bytes.
+BUCKET = 200_000_000  # reduced or gathered at a time; two of gradients are alive
+PERSISTENT = 100_000  # smaller parameters are never partitioned by ZeRO-3
+LIVE = 1_050_000_000  # gathered parameters that ZeRO-3 keeps, in case they are needed again, and fetches ahead
+
+
+class Layout(NamedTuple):
+    """How GPUs share the work.
+
+    FSDP2 shards over all ranks (`world`), or within each node, where the nodes are replicas (`node`).
+    """
+
+    strategy: str = "single"
+    nodes: int = 1
+    gpus: int = 1  # of a node
+    shard: str = "world"
+    tensor_parallel: int = 1
+    offload: bool = False  # ZeRO's optimizer is in the memory of the CPU
+
+    @property
+    def world(self) -> int:
+        """All ranks."""
+        return self.nodes * self.gpus
+
+    @property
+    def data_parallel(self) -> int:
+        """The ranks among which a batch is divided."""
+        return self.world // self.tensor_parallel
+
+    @property
+    def shards(self) -> int:
+        """The ranks among which FSDP2 divides each parameter, after tensor parallelism."""
+        if self.strategy != "fsdp":
+            return 1
+        return self.data_parallel if self.shard == "world" else self.gpus // self.tensor_parallel
+
+    @property
+    def name(self) -> str:
+        """As in conf/trainer, with `hsdp` for sharding within nodes."""
+        name = "hsdp" if self.strategy == "fsdp" and self.shard == "node" else self.strategy
+        return name + (f"+tp{self.tensor_parallel}" if self.tensor_parallel > 1 else "")
+
+
+class Unit(NamedTuple):
+    """Parameters that FSDP2 gathers together."""
+
+    name: str
+    number: int  # of such units
+    parameters: int  # of one
+    held: int  # of these by the first rank, as much as by any
+    reduced: int  # those that are trained, as they are reduced
+    padded: int  # as they are gathered: the first rank's part, times the number of ranks
+
+
+class Traffic(NamedTuple):
+    """Bytes that each GPU sends in a step, while it receives as many."""
+
+    kind: str
+    inside: float  # to GPUs of its node
+    between: float  # to other nodes
+    hidden: bool  # whether it can go on while the GPU computes
+
+    def seconds(self, hardware: Hardware) -> float:
+        """Over both at once."""
+        return max(self.inside / hardware.inside, self.between / hardware.between)
+
+
+class Plan(NamedTuple):
+    """What is predicted of a step, for each GPU."""
+
+    layout: Layout
+    batch: int  # images of all GPUs
+    images: int  # at a time
+    num_micro_batches: int
+    memory: Memory
+    host_bytes: int  # in the memory of the CPU, for each GPU
+    units: list[Unit]
+    traffic: list[Traffic]
+    flops: float
+    update_bytes: int  # read and written by optimizer and average
+
+    def seconds(self, hardware: Hardware, precision: str, efficiency: float, overlap: float) -> dict[str, float]:
+        """Of a step: compute + update + exposed, the communication that does not hide.
+
+        compute = flops / (peak * efficiency); update = its bytes over the GPU's memory rate; of what can hide, what
+        takes longer than overlap * compute does not.
+        """
+        peak = hardware.bf16 if precision == "bf16-mixed" else hardware.float32
+        compute = self.flops / (peak * efficiency)
+        hides = sum(t.seconds(hardware) for t in self.traffic if t.hidden)
+        waits = sum(t.seconds(hardware) for t in self.traffic if not t.hidden)
+        exposed = waits + max(0.0, hides - overlap * compute)
+        update = self.update_bytes / hardware.memory_rate
+        return {
+            "compute": compute,
+            "update": update,
+            "communication": hides + waits,
+            "exposed": exposed,
+            "step": compute + update + exposed,
+        }
+
+
+class Planner:
+    """Predicts for one recipe and any number of layouts; what they share is counted once.
+
+    trainer.precision and trainer.activation_checkpointing are the recipe's. Not counted are a VAE's own needs, parts of
+    the objective that are trained, and what trainer.compile saves.
+
+    Args:
+        parts: of the recipe.
+    """
+
+    def __init__(self, parts: Parts):
+        self.parts = parts
+        self.mixed = parts.cfg.trainer.precision == "bf16-mixed"
+        self.averages_on_cpu = parts.cfg.ema.get("device") == "cpu"
+        self.multiply_adds = multiply_adds(parts)
+        self._states = cache(partial(states, parts))
+        self._split = cache(partial(split, parts))
+        self._measured: dict[int, tuple[int, Passes]] = {}  # by tensor parallelism: of so many images
+
+    def __call__(self, layout: Layout, batch: int, micro_batch: int | None = None) -> Plan:
+        """For a global batch, of which each GPU sees at most `micro_batch` images at a time.
+
+        Raises:
+            ValueError: if the batch, or the network, cannot be divided so.
+        """
+        check(layout)
+        images, number = divided(layout, batch, micro_batch)
+        memory, host, units, traffic = getattr(self, f"_{layout.strategy}")(layout, images, number)
+        held = memory.parameters + memory.optimizer + (0 if self.averages_on_cpu else memory.ema)
+        passes_ = 4 if self.parts.cfg.trainer.activation_checkpointing == "full" else 3  # forward, and twice backward
+        return Plan(
+            layout=layout,
+            batch=batch,
+            images=images,
+            num_micro_batches=number,
+            memory=memory,
+            host_bytes=host,
+            units=units,
+            traffic=[t for t in traffic if t.inside + t.between],
+            flops=2 * self.multiply_adds * passes_ * batch / layout.world,
+            update_bytes=2 * held + memory.gradients,
+        )
+
+    def units(self, layout: Layout) -> list[Unit]:
+        """Of FSDP2: each unit of the network, and the rest together."""
+        network = self._split(layout.tensor_parallel)
+        inside = {name: type(m).__name__ for name, m in network.named_modules() if isinstance(m, network.units)}
+        sizes: dict[str, list[Any]] = {}
+        for name, p in network.named_parameters():
+            owners = [owner for owner in inside if name.startswith(f"{owner}.")]
+            sizes.setdefault(max(owners, key=len, default=""), []).append(p)
+        found: Counter[tuple[Any, ...]] = Counter()
+        for owner, parameters in sizes.items():
+            held = [_count(shard(p.shape, layout.shards)) for p in parameters]
+            found[
+                inside.get(owner, "the rest"),
+                sum(p.numel() for p in parameters),
+                sum(held),
+                layout.shards * sum(h for h, p in zip(held, parameters, strict=True) if p.requires_grad),
+                layout.shards * sum(held),
+            ] += 1
+        return [Unit(name, number, *rest) for (name, *rest), number in found.items()]
+
+    def _passes(self, images: int, tensor_parallel: int) -> Passes:
+        """Counted, which takes seconds, or in proportion to those that were."""
+        if tensor_parallel not in self._measured:
+            self._measured[tensor_parallel] = images, passes(self.parts, images, tensor_parallel)
+        counted, (copies, activations, passing) = self._measured[tensor_parallel]
+        return Passes(copies, activations * images // counted, passing * images // counted)
+
+    @property
+    def _low(self) -> int:
+        """Bytes of a number of a gathered parameter."""
+        return 2 if self.mixed else 4
+
+    def _kept(self, values: Mapping[str, int], images: int, layout: Layout) -> tuple[Memory, int]:
+        """With what the passes need; and the bytes of the averages if they are in the CPU's memory."""
+        memory = Memory(**values, **self._passes(images, layout.tensor_parallel)._asdict())
+        return (memory._replace(ema=0), memory.ema) if self.averages_on_cpu else (memory, 0)
+
+    def _numbers(self, shards: int = 1) -> tuple[int, int]:
+        """Of all parameters and of those that are trained, on the first of so many ranks that share each as a row."""
+        parameters = list(self._split(1).parameters())
+        counts = [(_count(shard(p.shape, shards, flat=True)), p.requires_grad) for p in parameters]
+        return sum(n for n, _ in counts), sum(n for n, trained in counts if trained)
+
+    def _single(self, layout: Layout, images: int, number: int) -> tuple[Any, ...]:
+        memory, host = self._kept(self._states()._asdict(), images, layout)
+        return memory, host, [], []
+
+    def _ddp(self, layout: Layout, images: int, number: int) -> tuple[Any, ...]:
+        """Gradients are averaged in float32, once, when they are complete."""
+        memory, host = self._kept(self._states()._asdict(), images, layout)
+        return memory, host, [], [ring("all-reduce", 4 * self._numbers()[1], layout.world, layout.gpus, hidden=False)]
+
+    def _fsdp(self, layout: Layout, images: int, number: int) -> tuple[Any, ...]:
+        """Each unit is gathered forward and again backward, where its gradients are reduced in float32.
+
+        The rest stays gathered. While a unit computes backward there are: its parameters, the next one's as they
+        arrive, its gradients, and in float32 those of the unit before, on their way (torch's `FSDPParamGroup`).
+        """
+        units = self.units(layout)
+        of_units = [unit for unit in units if unit.name != "the rest"]
+        rest = sum(unit.padded for unit in units if unit.name == "the rest")
+        largest = max((unit.padded for unit in of_units), default=0)
+        memory, host = self._kept(
+            self._states(layout.shards, tensor_parallel=layout.tensor_parallel)._asdict(), images, layout
+        )
+        gathered = self._low * (2 * rest + 3 * largest) + 4 * largest
+        memory = memory._replace(gathered=gathered, copies=0 if self.mixed else memory.copies)
+        members = layout.shards
+        near = min(members, layout.gpus // layout.tensor_parallel)  # of them in a node
+        twice = sum(unit.number * unit.padded for unit in of_units)
+        reduced = sum(unit.number * unit.reduced for unit in units)
+        traffic = [
+            ring("all-gather", number * self._low * (2 * twice + rest), members, near),
+            ring("reduce-scatter", number * 4 * reduced, members, near),
+            ring("all-reduce", number * 4 * reduced / members, layout.data_parallel // members, 1),
+        ]
+        if layout.tensor_parallel > 1:
+            traffic.append(self._tensor_parallel(layout, images * number))
+        return memory, host, units, traffic
+
+    def _tensor_parallel(self, layout: Layout, images: int) -> Traffic:
+        """The sum of each split pair of layers' output forward, and of the gradient of its input backward."""
+        network = self._split(layout.tensor_parallel)
+        units = [module for module in network.modules() if isinstance(module, network.units)]
+        pairs = sum(SPLIT.get(name) == 1 for unit in units for name, _ in unit.named_modules())
+        again = self.parts.cfg.trainer.activation_checkpointing == "full"
+        _, tokens, width = network.pos_embed.shape
+        num_bytes = (3 if again else 2) * pairs * images * (tokens + network.class_tokens) * width * self._low
+        return ring("all-reduce", num_bytes, layout.tensor_parallel, layout.tensor_parallel, hidden=False)
+
+    def _zero(self, layout: Layout, images: int, number: int, stage: int) -> tuple[Any, ...]:
+        """DeepSpeed: with bf16-mixed parameters and gradients are in bfloat16, beside float32 of the rank's part."""
+        whole, part = self._states(), self._states(layout.world, flat=True)
+        (numbers, trained), (own, own_trained) = self._numbers(), self._numbers(layout.world)
+        optimizer, offloaded = part.optimizer + 4 * own_trained, 0
+        if layout.offload:
+            optimizer, offloaded = 0, optimizer + 4 * own_trained  # and the gradients it steps with
+        small = sum(p.numel() for p in self._split(1).parameters() if p.numel() < PERSISTENT) if stage == 3 else 0
+        memory, host = self._kept(
+            {
+                "parameters": self._low * (own + small if stage == 3 else numbers),
+                "gradients": self._low * (trained if stage == 1 else own_trained),
+                "optimizer": optimizer,
+                "ema": (part if stage == 3 else whole).ema,
+            },
+            images,
+            layout,
+        )
+        buckets = 2 * min(BUCKET, trained) + (min(LIVE, numbers) if stage == 3 else 0)
+        memory = memory._replace(gathered=self._low * buckets, copies=0 if self.mixed else memory.copies)
+        gathers = 2 * number * numbers if stage == 3 else trained
+        traffic = [
+            ring("all-gather", self._low * gathers, layout.world, layout.gpus, hidden=stage == 3),
+            ring(
+                "reduce-scatter",
+                self._low * trained * (1 if stage == 1 else number),
+                layout.world,
+                layout.gpus,
+                hidden=stage > 1,
+            ),
+        ]
+        return memory, host + offloaded, [], traffic
+
+    def _zero1(self, layout: Layout, images: int, number: int) -> tuple[Any, ...]:
+        return self._zero(layout, images, number, 1)
+
+    def _zero2(self, layout: Layout, images: int, number: int) -> tuple[Any, ...]:
+        return self._zero(layout, images, number, 2)
+
+    def _zero3(self, layout: Layout, images: int, number: int) -> tuple[Any, ...]:
+        return self._zero(layout, images, number, 3)
+
+
+def ring(kind: str, num_bytes: float, members: int, near: int, *, hidden: bool = True) -> Traffic:
+    """A collective of `num_bytes` in all among `members` GPUs, `near` of them in each node.
+
+    Each sends (members - 1) / members of the bytes to its neighbour in the ring, twice if they are reduced and gathered
+    (`all-reduce`). One of the `near` hops in a node leads to another one; the rings that run at the same time leave it
+    at different GPUs.
+    """
+    sent = num_bytes * (members - 1) / members * (2 if kind == "all-reduce" else 1)
+    leaves = 0.0 if members == near else 1 / near
+    return Traffic(kind, sent * (1 - leaves), sent * leaves, hidden)
+
+
+def layout_of(trainer: DictConfig) -> tuple[Layout, str]:
+    """What a configuration's trainer says, and in words what had to be assumed.
+
+    Raises:
+        ValueError: if two values do not fit together, with the way out.
+    """
+    nodes, gpus, assumed = trainer.nodes, trainer.devices, []
+    if gpus == "auto":
+        gpus = 1
+        if trainer.strategy != "single":
+            here = torch.cuda.device_count() if trainer.accelerator != "cpu" else 0
+            gpus = here or ASSUMED_GPUS
+            assumed.append(f"trainer.devices=auto: {f'{here} GPUs are here' if here else f'{gpus} assumed'}")
+    if nodes == "auto":
+        nodes = 1
+        if trainer.strategy != "single":
+            assumed.append("trainer.nodes=auto: 1 assumed")
+    for key, value in {"nodes": nodes, "devices": gpus, "tensor_parallel_size": trainer.tensor_parallel_size}.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"trainer.{key}={value} must be a whole number, at least 1")
+    layout = Layout(trainer.strategy, nodes, gpus, trainer.shard, trainer.tensor_parallel_size, trainer.offload)
+    check(layout)
+    return layout, "; ".join(assumed)
+
+
+def check(layout: Layout) -> None:
+    """See that its values fit together.
+
+    Raises:
+        ValueError: naming two that do not, with the way out.
+    """
+    parallel = layout.tensor_parallel
+    if layout.strategy not in STRATEGIES:
+        raise ValueError(f"trainer.strategy={layout.strategy}: choose one of {', '.join(STRATEGIES)}")
+    if layout.shard not in ("world", "node"):
+        raise ValueError(f"trainer.shard={layout.shard}: choose one of world, node")
+    if min(layout.nodes, layout.gpus, parallel) < 1:
+        raise ValueError(
+            f"trainer.nodes={layout.nodes}, trainer.devices={layout.gpus} and trainer.tensor_parallel_size={parallel} "
+            "must be at least 1"
+        )
+    if layout.strategy == "single" and layout.world > 1:
+        raise ValueError(
+            f"trainer.nodes={layout.nodes} with trainer.devices={layout.gpus}, but trainer.strategy=single: choose "
+            "trainer=ddp or trainer=fsdp"
+        )
+    if parallel > 1 and layout.strategy != "fsdp":
+        raise ValueError(
+            f"trainer.tensor_parallel_size={parallel} needs trainer=fsdp_tp, not strategy={layout.strategy}"
+        )
+    if layout.gpus % parallel:
+        raise ValueError(f"trainer.tensor_parallel_size={parallel} must divide trainer.devices={layout.gpus}")
+    if layout.offload and not layout.strategy.startswith("zero"):
+        raise ValueError(f"trainer.offload=true needs zero1, zero2 or zero3, not trainer.strategy={layout.strategy}")
+
+
+def divided(layout: Layout, batch: int, micro_batch: int | None, lanes: int | None = None) -> tuple[int, int]:
+    """Images that a GPU sees at a time, and in how many parts it sees its share of the batch, each of whole lanes.
+
+    Raises:
+        ValueError: if they do not divide it, with the way out.
+    """
+    ranks = layout.data_parallel
+    share, rest = divmod(batch, ranks)
+    if rest or not share:
+        raise ValueError(f"trainer.batch_size={batch} must be a multiple of the {ranks} ranks that share a batch")
+    images = min(micro_batch or share, share)
+    if share % images:
+        allowed = [n for n in range(1, share + 1) if share % n == 0]
+        raise ValueError(
+            f"trainer.micro_batch_size={images} must divide the {share} images of each of {ranks} ranks "
+            f"(trainer.batch_size={batch}): choose one of {allowed}"
+        )
+    parts = ranks * share // images
+    if lanes and (batch % lanes or lanes % parts):
+        allowed = [n for n in range(parts, batch + 1, parts) if batch % n == 0]
+        raise ValueError(
+            f"trainer.lanes={lanes} must divide trainer.batch_size={batch} and be a multiple of {parts} "
+            f"({ranks} ranks, {share // images} micro-batches each): choose one of {allowed}"
+        )
+    return images, share // images
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
