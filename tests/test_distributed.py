@@ -93,7 +93,9 @@ def test_in_mixed_precision_they_agree_within_its_rounding(single, double, name)
 
 
 def test_accumulation_and_clipping_are_those_of_one_process(single, double, recipe):
-    reference = recipe("parts-single", "trainer=cpu", "trainer.micro_batch_size=8", "trainer.max_grad_norm=0.5", steps=8)
+    reference = recipe(
+        "parts-single", "trainer=cpu", "trainer.micro_batch_size=8", "trainer.max_grad_norm=0.5", steps=8
+    )
     assert train_together([reference], 1) == 0
     assert max(line["grad_norm"] for line in lines(reference)) > 0.5
     for name in ACCUMULATED:

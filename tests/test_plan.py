@@ -21,7 +21,8 @@ from dit.command.compose import ConfigError, compose
 from dit.train.build import Parts
 from dit.train.cost import inputs_of, memory, shard
 from dit.train.hardware import HARDWARE, hardware
-from dit.train.plan import Layout, Plan, Planner, Traffic, check, divided, layout_of, ring
+from dit.train.layout import Layout, check, divided, layout_of
+from dit.train.plan import Plan, Planner, Traffic, ring
 
 TOOLS = Path(__file__).parents[1] / "tools"
 D, DEPTH, IMAGES = 96, 3, 4

@@ -57,7 +57,9 @@ def differences(cfg, reference):
     ours, theirs = weights(cfg), weights(reference)
     for group, tensors in theirs.items():
         assert ours[group].keys() == tensors.keys()
-        flat = {name: torch.cat([held[n].flatten().double() for n in tensors]) for name, held in
-                (("ours", ours[group]), ("theirs", tensors))}
+        flat = {
+            name: torch.cat([held[n].flatten().double() for n in tensors])
+            for name, held in (("ours", ours[group]), ("theirs", tensors))
+        }
         found[group] = ((flat["ours"] - flat["theirs"]).norm() / flat["theirs"].norm()).item()
     return found

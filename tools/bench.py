@@ -28,7 +28,7 @@ from torch.optim import AdamW, Optimizer
 from dit.command.compose import compose
 from dit.train.build import Parts, build
 from dit.train.cost import multiply_adds
-from dit.train.strategy import arrange
+from dit.train.execution import arrange
 from dit.weights.convert import dit_to_diffusers
 
 GPU = torch.cuda.is_available()

@@ -26,8 +26,9 @@ from torch.utils._pytree import tree_leaves
 from dit.command.compose import compose
 from dit.train.build import Parts, build
 from dit.train.cost import Alive, inputs_of
-from dit.train.plan import Layout, Planner
-from dit.train.strategy import arrange
+from dit.train.execution import arrange
+from dit.train.layout import Layout
+from dit.train.plan import Planner
 
 STATES = ("parameters", "gradients", "optimizer", "ema")
 MOST = 0.30  # of the single process's, on 4 ranks

@@ -15,7 +15,8 @@ from dit.command.doctor import check
 from dit.train.build import Parts
 from dit.train.hardware import HARDWARE, Hardware, hardware
 from dit.train.kind import check_denoiser
-from dit.train.plan import EFFICIENCY, OVERLAP, Layout, Plan, Planner
+from dit.train.layout import Layout
+from dit.train.plan import EFFICIENCY, OVERLAP, Plan, Planner
 
 GIB = 2**30
 NAMED = {"hsdp": ("fsdp", "node"), "fsdp_tp": ("fsdp", "world")}  # besides those of trainer.strategy

@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from types import FrameType
@@ -60,7 +60,7 @@ def launch(work: Callable[[Any], int], argument: Any, num_processes: int) -> int
             signal.signal(signum, handler)
 
 
-def _first_code(processes: list[BaseProcess]) -> int:
+def _first_code(processes: Sequence[BaseProcess]) -> int:
     """The exit code of the first process that fails; the others are given time to end."""
     running, code, until = list(processes), 0, float("inf")
     while running:

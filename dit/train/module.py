@@ -1,7 +1,7 @@
 """The training step, as a LightningModule."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class DiffusionModule(LightningModule):
         objective: Objective,
         condition: Condition,
         latent: Latent,
-        optimizer: Callable[[Iterable[Tensor]], Optimizer],
+        optimizer: Callable[[Any], Optimizer],
         learning_rate: Callable[[int], float],
         ema: Callable[..., EMA],
         *,
@@ -110,12 +110,13 @@ class DiffusionModule(LightningModule):
         Each ends with an optimizer step on its network; whatever gradients there are then are dropped.
 
         Args:
-            batch: this process's part of the global batch: `key` (B,), `image` (B, C, H, W), uint8, or `latent` (B, K, c, h, w), its moments, and the fields of
-                the condition, tensors or arrays.
+            batch: this process's part of the global batch: `key` (B,), `image` (B, C, H, W), uint8, or `latent`
+                (B, K, c, h, w), its moments, and the fields of the condition, tensors or arrays.
             batch_idx: unused; `step` counts.
 
         Returns:
-            `loss`, the sum over phases of the mean over this process's micro-batches, and `grad_norm` of the denoiser before clipping.
+            `loss`, the sum over phases of the mean over this process's micro-batches, and `grad_norm` of the denoiser
+            before clipping, over all processes.
         """
         for optimizer in self.strategy.optimizers.values():
             for group in optimizer.param_groups:

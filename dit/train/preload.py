@@ -1,4 +1,4 @@
-"""What the server imports from which `launch` forks; it leaves the signals of a terminal or a scheduler to the others."""
+"""What the server imports from which `launch` forks; it leaves the signals of a terminal to those it forks."""
 
 import signal
 

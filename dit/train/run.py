@@ -17,10 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from dit.metric.subject import Samples, Subject, check
-from dit.train import checkpoint, devices
-from dit.train.build import build, parts_of
+from dit.train import checkpoint
+from dit.train.build import build
+from dit.train.checked import build_trained, checked
+from dit.train.devices import layout_of, settled
 from dit.train.encoding import check_encoded, identity
-from dit.train.devices import num_micro_batches, settled, strategy_of
 from dit.train.same import differences
 from dit.train.world import World
 from dit.weights.convert import fitted
@@ -53,29 +54,19 @@ class Run:
     def __init__(self, cfg: DictConfig):
         self.cfg = cfg = settled(cfg)
         self.world = World()
-        devices.check(cfg.trainer, self.world)
-        self.data = build(cfg.data)
-        self.parts = parts_of(cfg)
-        self.data_size = self.world.size // cfg.trainer.tensor_parallel_size
-        self.num_micro_batches = num_micro_batches(cfg.trainer, self.data_size)
-        self.objective = build(cfg.objective)
-        denoiser = self.parts.denoiser("meta")
-        self.objective.check(denoiser)
-        strategy = strategy_of(cfg.trainer)
-        strategy.arrange(denoiser.network, cfg.trainer)
-        strategy.check(cfg.trainer, denoiser, self.objective)
+        self.layout = layout_of(cfg.trainer, self.world)
+        self.data, self.parts, self.objective, denoiser, strategy, self.num_micro_batches = checked(cfg, self.layout)
         self.tracker = build(cfg.logger)
-        if cfg.metric and self.data.held_out is None:
-            raise ValueError("data.held_out=null, but the metric needs held-out images: give a folder, or metric=none")
-        self.device = torch.device("cuda", self.world.local_rank) if cfg.trainer.accelerator == "gpu" else torch.device("cpu")
+        self.device = (
+            torch.device("cuda", self.world.local_rank) if cfg.trainer.accelerator == "gpu" else torch.device("cpu")
+        )
         if self.world.size > 1 or strategy.needs_group:
             self.world.join(self.device.type)
         self._check_data()  # before the optimizer, whose making takes seconds
         if cfg.metric:
             self.data.check_images()
         self.parts.condition.check(self.data.first() if self.data.there else None)
-        build(cfg.optimizer)(denoiser.network.parameters())
-        build(cfg.ema)(dict(denoiser.network.named_parameters()))
+        build_trained(cfg, denoiser)
         self.strategy = strategy(cfg.trainer, self.world, self.device)
         self.num_parameters = sum(p.numel() for p in denoiser.network.parameters())
         self.latent = self.parts.latent()
@@ -122,8 +113,8 @@ class Run:
     def _check_data(self) -> None:
         """By the first process alone at first, which makes what is missing of an index."""
         options = self.cfg.trainer
-        for check in (self.world.once, lambda function: function()):
-            check(lambda: self.data.check(options.batch_size, options.lanes, self.data_size))
+        for first_alone in (self.world.once, lambda function: function()):
+            first_alone(lambda: self.data.check(options.batch_size, options.lanes, self.layout.data_parallel))
 
     def _claim(self) -> Path | None:
         """Take the folder for this run alone, and find the checkpoint to go on from; by the first process."""
@@ -204,8 +195,9 @@ class Run:
                     _report(self.folder, before)
                 return None
             self.prepare()
-            batch, parts = self.cfg.trainer.batch_size, self.data_size * self.num_micro_batches
-            among = [f"{self.data_size} devices"] if self.data_size > 1 else []
+            batch, devices = self.cfg.trainer.batch_size, self.layout.data_parallel
+            parts = devices * self.num_micro_batches
+            among = [f"{devices} devices"] if devices > 1 else []
             among += [f"{self.num_micro_batches} parts"] if self.num_micro_batches > 1 else []
             among += [f"{batch // parts} images"] if among else []
             self.world.say(

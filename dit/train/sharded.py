@@ -11,16 +11,16 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from dit.train import tensor_parallel
-from dit.train.strategy import Strategy, local_part
+from dit.train.strategy import Strategy
 from dit.train.world import World
 
 
 class Sharded(Strategy):
-    """Each device keeps a share of every parameter, gradient, average and optimizer state (arXiv:1910.02054, 2304.11277).
+    """Each device keeps a share of every parameter, gradient, average and optimizer state.
 
-    The network's units are gathered one after the other, forward and backward. With trainer.shard=node the shares are
-    those of one node's devices, and nodes average their gradients (HSDP). With trainer.tensor_parallel_size=T, T devices
-    beside each other see the same images and divide the work within each block.
+    arXiv:1910.02054, 2304.11277. The network's units are gathered one after the other, forward and backward. With
+    trainer.shard=node the shares are those of one node's devices, and nodes average their gradients (HSDP). With
+    trainer.tensor_parallel_size=T, T devices beside each other see the same images and divide the work in each block.
 
     In mixed precision the units are gathered in bfloat16; gradients are summed, and everything is kept, in float32.
     """
@@ -74,7 +74,7 @@ class Sharded(Strategy):
         super().draw(network, seed)
         for name, p in network.named_parameters():
             if name in self._stacked and isinstance(p, DTensor):
-                self.put(p.detach(), p.detach().full_tensor(), name)
+                self.put(p, p.full_tensor().detach(), name)
 
     def neutral(self, name: str, value: Tensor) -> Tensor:
         """The rows of matrices one above the other in their own order, gathered; all else as it is."""
@@ -96,5 +96,5 @@ class Sharded(Strategy):
             return None
         return tensor_parallel.order(len(value), matrices, self.options.tensor_parallel_size)
 
-    def _data_group(self) -> dist.ProcessGroup | None:
+    def _data_group(self) -> Any:
         return self._data

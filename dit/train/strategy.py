@@ -1,8 +1,8 @@
 """How a run is spread over devices: beside the model, which is plain code for a single one.
 
-What is asked of a strategy is the same for all: make the network and its optimizers, take the gradient of a loss, take a
-step, and say in neutral form, of full names and global sizes, what there is to average and to save. So a checkpoint of
-one strategy is loaded by any other. The order in which a network is made ready is: tensor parallel, activation
+What is asked of a strategy is the same for all: make the network ready, take the gradient of a loss, take a step, and
+say in neutral form, of full names and global sizes, what there is to average and to save. So a checkpoint of one
+strategy is loaded by any other. The order in which a network is made ready is: tensor parallel, activation
 checkpointing, compile, shard, and only then numbers, so that no device ever holds more than its share.
 """
 
@@ -126,7 +126,9 @@ class Strategy:
         else:
             tensor.copy_(whole)
 
-    def start(self, denoiser: Any, optimizers: Mapping[str, Optimizer], *, micro_batches: int, max_norm: float | None) -> None:
+    def start(
+        self, denoiser: Any, optimizers: Mapping[str, Optimizer], *, micro_batches: int, max_norm: float | None
+    ) -> None:
         """Take note of the optimizers, when all parameters are where they belong.
 
         Args:
@@ -171,7 +173,7 @@ class Strategy:
             for gradient, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                 gradient.copy_(mean.view_as(gradient))
 
-    def _data_group(self) -> dist.ProcessGroup | None:
+    def _data_group(self) -> Any:
         """Of the processes that see other parts of the batch; None is all."""
         return None
 

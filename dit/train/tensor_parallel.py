@@ -57,7 +57,7 @@ def divide(network: nn.Module, mesh: DeviceMesh) -> dict[str, int]:
         The parameters whose rows are those of several matrices one above the other, and how many: each device has its
         rows of each, so that the rows of all devices one after the other are in another order.
     """
-    stacked = {}
+    stacked: dict[str, int] = {}
     names = {module: name for name, module in network.named_modules()}
     for unit in _units(network):
         plan: dict[str, ParallelStyle] = {}
@@ -71,7 +71,7 @@ def divide(network: nn.Module, mesh: DeviceMesh) -> dict[str, int]:
             elif name in HEADS and any(True for _ in module.parameters()):
                 plan[name] = SequenceParallel(sequence_dim=HEADS[name], use_local_output=True)
             if isinstance(heads := getattr(module, "num_heads", None), int):
-                module.num_heads = heads // mesh.size()  # type: ignore[assignment]
+                module.num_heads = heads // mesh.size()
         parallelize_module(unit, mesh, plan)
     return stacked
 

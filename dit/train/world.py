@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class World:
-    """Which of how many processes this is: as torchrun, SLURM's srun or `launch` said in the environment, or the only one.
+    """Which of how many processes this is, as torchrun, srun or `launch` said in the environment; else the only one.
 
     Attributes:
         rank: of this process among all, 0 the first.
@@ -72,7 +72,9 @@ class World:
             os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = self._address
             dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
         else:  # sharding wants a group even of one, which needs no port
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1
+            )
         self._joined = True
 
     def leave(self) -> None:

@@ -46,8 +46,8 @@ class Zero(Strategy):
             raise ImportError(f"trainer.strategy={options.strategy} needs DeepSpeed: pip install 'ditforge[deepspeed]'")
         if apart := list(getattr(objective, "networks", {})):
             raise ValueError(
-                f"trainer.strategy={options.strategy}: DeepSpeed steps one optimizer, but the objective has another for "
-                f"its {apart[0]}; choose trainer=ddp or trainer=fsdp"
+                f"trainer.strategy={options.strategy}: DeepSpeed steps one optimizer, but the objective has another "
+                f"for its {apart[0]}; choose trainer=ddp or trainer=fsdp"
             )
         if any(p.requires_grad for p in objective.parameters()):
             raise ValueError(
@@ -73,7 +73,11 @@ class Zero(Strategy):
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "zero_optimization": {"stage": self.stage, **(offload if self.options.offload else {})},
-            "torch_autocast": {"enabled": self.options.precision == "bf16-mixed", "dtype": "bfloat16"},
+            "torch_autocast": {
+                "enabled": self.options.precision == "bf16-mixed",
+                "dtype": "bfloat16",
+                "lower_precision_safe_modules": [],  # whose gradients would be summed in bfloat16
+            },
         }
         self._engine, _, _, _ = self._deepspeed.initialize(
             model=denoiser.network, optimizer=optimizer, config=config, dist_init_required=False
@@ -109,7 +113,7 @@ class Zero(Strategy):
                     saved[group][name] = self._gathered(part, p)
         if averages_only:
             return saved if self.world.is_first else {}
-        state = next(iter(self.optimizers["denoiser"].state.values()), {})
+        state: dict[str, Tensor] = next(iter(self.optimizers["denoiser"].state.values()), {})
         trained = {name: p for name, p in parameters.items() if p.requires_grad}
         saved["optimizer"] = {
             f"{name}/{key}": value if value.ndim == 0 else self._on_first(get(p, key))
@@ -135,7 +139,7 @@ class Zero(Strategy):
             if name not in parameters:
                 module.network.state_dict()[name].copy_(value)
                 continue
-            p = parameters[name]
+            p: Any = parameters[name]
             getattr(p, "ds_tensor", p).copy_(self._part(value, p))
             if p.requires_grad:
                 utils.safe_set_full_fp32_param(p, value.to(self.device))
