@@ -50,7 +50,7 @@ def test_operations_of_unets_are_about_the_papers(name, size, gmacs):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_activations_are_what_a_real_forward_saves(precision, mode):
-    from dit.train.strategy import arrange
+    from dit.train.execution import arrange
 
     recipe = parts(*SMALL, f"trainer.precision={precision}", f"trainer.activation_checkpointing={mode}")
     network = recipe.denoiser().network

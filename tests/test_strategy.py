@@ -10,8 +10,8 @@ from dit.model.dit import DiT
 from dit.noise.draw import Draw
 from dit.objective.objective import Batch
 from dit.train.build import Parts, build
+from dit.train.execution import arrange
 from dit.train.run import Run
-from dit.train.strategy import arrange
 
 torch._inductor.config.cpp_cache_precompile_headers = True  # compiling takes minutes here
 

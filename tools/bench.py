@@ -28,7 +28,7 @@ from torch.optim import AdamW, Optimizer
 from dit.command.compose import compose
 from dit.train.build import Parts, build
 from dit.train.cost import multiply_adds
-from dit.train.strategy import arrange
+from dit.train.execution import arrange
 from dit.weights.convert import dit_to_diffusers
 
 GPU = torch.cuda.is_available()
@@ -119,18 +119,18 @@ def main() -> None:
     command.add_argument("--samples", type=int, default=8000)
     command.add_argument("--repeats", type=int, default=5)
     command.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
-    command = commands.add_parser("memory", help="bytes of a rank under FSDP2, beside one process's and the predicted")
-    command.set_defaults(run=memory)
-    command.add_argument("overrides", nargs="*", default=["model=dit_b_2"], help="of a recipe, as for dit doctor")
-    command.add_argument("--processes", type=int, default=4)
-    command.add_argument("--batch-size", type=int, default=2, help="images of each")
-    command.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
     command = commands.add_parser("ema", help="what averaging the weights adds to a training step")
     command.set_defaults(run=ema)
     command.add_argument("overrides", nargs="*", default=["model=dit_b_2"], help="of a recipe, as for dit doctor")
     command.add_argument("--batch-size", type=int, default=8)
     command.add_argument("--steps", type=int, default=1, help="in each repeat")
     command.add_argument("--repeats", type=int, default=5)
+    command.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
+    command = commands.add_parser("memory", help="bytes of a rank under FSDP2, beside one process's and the predicted")
+    command.set_defaults(run=memory)
+    command.add_argument("overrides", nargs="*", default=["model=dit_b_2"], help="of a recipe, as for dit doctor")
+    command.add_argument("--processes", type=int, default=4)
+    command.add_argument("--batch-size", type=int, default=2, help="images of each")
     command.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -8,6 +8,7 @@ import argparse
 import gc
 import json
 import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Iterable
@@ -18,16 +19,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from dit.command.compose import compose
 from dit.train.build import Parts, build
 from dit.train.cost import Alive, inputs_of
-from dit.train.plan import Layout, Planner
-from dit.train.strategy import arrange
+from dit.train.devices import strategy_of
+from dit.train.layout import Layout
+from dit.train.plan import Planner
+from dit.train.strategy import by_layout
+from dit.train.world import World
 
 STATES = ("parameters", "gradients", "optimizer", "ema")
 MOST = 0.30  # of the single process's, on 4 ranks
@@ -75,6 +77,8 @@ def _rank(rank: int, world: int, folder: str, overrides: list[str], batch_size: 
     torch.set_num_threads(1)
     if world == 1:
         return bytes_of_a_step(overrides, batch_size)
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    os.environ |= dict(zip(names, map(str, (rank, rank, world, world)), strict=True))
     where = (Path(folder) / "rendezvous").as_uri()
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world)
     try:
@@ -85,19 +89,13 @@ def _rank(rank: int, world: int, folder: str, overrides: list[str], batch_size: 
 
 def bytes_of_a_step(overrides: list[str], batch_size: int) -> dict[str, int]:
     """What this rank has after a step, by part; with FSDP2 over all ranks if there is a process group."""
-    parts = Parts(compose("doctor", overrides))
-    network: Any = parts.denoiser("meta").network
-    if dist.is_initialized():
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        for module in [m for m in network.modules() if isinstance(m, network.units)]:
-            fully_shard(module, mesh=mesh)
-        fully_shard(network, mesh=mesh)
-    network.to_empty(device="cpu")
-    for p in network.parameters():
-        nn.init.normal_(_local(p.detach()), std=0.02)
-    arrange(network, checkpointing=parts.cfg.trainer.activation_checkpointing)
-    optimizer = build(parts.cfg.optimizer)([p for p in network.parameters() if p.requires_grad])
-    average = build(parts.cfg.ema)(dict(network.named_parameters()))
+    cfg = compose("doctor", [*overrides, "trainer.accelerator=cpu"])
+    cfg.trainer.strategy = "fsdp" if dist.is_initialized() else "single"
+    parts = Parts(cfg)
+    strategy = strategy_of(cfg.trainer)(cfg.trainer, World(), torch.device("cpu"))
+    network = strategy.begin(parts.denoiser("meta"), None, seed=0)
+    optimizer = build(cfg.optimizer)(by_layout(list(network.parameters())))
+    average = build(cfg.ema)(strategy.averaged(network))
     with Alive() as alive:
         _pass(alive, network, parts, batch_size)
         optimizer.step()

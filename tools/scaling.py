@@ -13,9 +13,11 @@ from typing import Any
 from dit.command.compose import compose
 from dit.command.doctor import check
 from dit.train.build import Parts
+from dit.train.devices import settled
 from dit.train.hardware import HARDWARE, Hardware, hardware
 from dit.train.kind import check_denoiser
-from dit.train.plan import EFFICIENCY, OVERLAP, Layout, Plan, Planner
+from dit.train.layout import Layout
+from dit.train.plan import EFFICIENCY, OVERLAP, Plan, Planner
 
 GIB = 2**30
 NAMED = {"hsdp": ("fsdp", "node"), "fsdp_tp": ("fsdp", "world")}  # besides those of trainer.strategy
@@ -60,6 +62,8 @@ def predicted(options: argparse.Namespace) -> list[dict[str, Any]]:
     cfg = compose("doctor", options.overrides)
     check(cfg)
     check_denoiser(cfg)
+    cfg.trainer.dry_run = True  # a GPU need not be there
+    cfg = settled(cfg)
     planner = Planner(Parts(cfg))
     layouts = [
         Layout(

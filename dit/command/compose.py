@@ -2,9 +2,10 @@
 
 import difflib
 import math
+import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -76,14 +77,7 @@ def launch(verb: str, command: ModuleType, arguments: Sequence[str]) -> int:
         own = [o for o in HydraConfig.get().overrides.task if o in varied]
         if own:
             command.tell_apart(cfg, "-".join(re.sub(r"[^\w.=-]", "_", o) for o in own))
-        try:
-            code = command.main(cfg)
-        except KeyboardInterrupt:
-            print("\ndit: stopped; the same command starts or goes on", file=sys.stderr)
-            code = 130
-        except Exception as error:
-            code = _exit_code(error)
-        if code:
+        if code := exit_code_of(lambda: command.main(cfg)):
             raise SystemExit(code)  # past Hydra, which would make it 1
 
     sys.argv = [f"dit {verb}", *arguments]
@@ -100,12 +94,30 @@ def _quoted(argument: str, keys: Sequence[str]) -> str:
     return f'{key}="{escaped}"'
 
 
+def exit_code_of(work: Callable[[], int]) -> int:
+    """The exit code of some work, or of what it raised, which is printed."""
+    try:
+        return work()
+    except KeyboardInterrupt:
+        print("\ndit: stopped; the same command starts or goes on", file=sys.stderr)
+        return 130
+    except Exception as error:
+        return _exit_code(error)
+
+
 def _exit_code(error: Exception) -> int:
-    """Print an error that has an exit code of its own, and give the code; raise any other."""
+    """Print an error that has an exit code of its own, and give the code; raise any other.
+
+    Of several processes that all find a mistake in the configuration the first one says so.
+    """
     code: int | None = getattr(error, "exit_code", None)
     if code is None:
         raise error
-    print(f"dit: {error}", file=sys.stderr)
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    if rank == "0":
+        print(f"dit: {error}", file=sys.stderr)
+    elif not isinstance(error, ConfigError):
+        print(f"dit: rank {rank}: {error}", file=sys.stderr)
     return code
 
 

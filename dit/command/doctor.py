@@ -27,7 +27,10 @@ def main(cfg: DictConfig) -> int:
         check_denoiser(cfg)
         from dit.train.build import Parts
         from dit.train.cost import memory, multiply_adds
+        from dit.train.devices import settled
 
+        cfg.trainer.dry_run = True  # a GPU need not be there
+        cfg = settled(cfg)
         parts = Parts(cfg)
         batch_size = cfg.trainer.micro_batch_size or cfg.trainer.batch_size
         macs, need = multiply_adds(parts), memory(parts, batch_size)

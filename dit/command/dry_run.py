@@ -1,15 +1,15 @@
 """`dit train ... trainer.dry_run=true`: what a run would need of each GPU, before there is one."""
 
-from typing import Any
-
 from omegaconf import DictConfig
 
 from dit.command.doctor import GIB, MIB, memory_lines, network_lines
-from dit.train.build import build, parts_of
+from dit.train.build import build
+from dit.train.checked import build_trained, checked
+from dit.train.devices import settled
 from dit.train.hardware import HARDWARE, Hardware
 from dit.train.kind import autoencodes
-from dit.train.plan import EFFICIENCY, OVERLAP, Plan, Planner, divided, layout_of
-from dit.train.strategy import arrange
+from dit.train.layout import layout_of
+from dit.train.plan import EFFICIENCY, OVERLAP, REST, Plan, Planner
 
 
 def report(cfg: DictConfig) -> str:
@@ -18,9 +18,12 @@ def report(cfg: DictConfig) -> str:
     Raises:
         ValueError: if the configuration does not do, with the way out.
     """
+    cfg = settled(cfg)
     layout, assumed = layout_of(cfg.trainer)
-    divided(layout, cfg.trainer.batch_size, cfg.trainer.micro_batch_size, cfg.trainer.lanes)
-    parts = _checked(cfg)
+    _, parts, _, denoiser, _, _ = checked(cfg, layout)
+    for node in (cfg.logger, cfg.metric, cfg.learning_rate):
+        build(node)
+    build_trained(cfg, denoiser)
     lines = [f"dry run of run={cfg.run}: nothing is trained, read or written"]
     if autoencodes(cfg):
         return "\n".join([*lines, "the configuration is sound; the cost of an autoencoder is not counted"])
@@ -44,22 +47,6 @@ def report(cfg: DictConfig) -> str:
     return "\n".join(lines)
 
 
-def _checked(cfg: DictConfig) -> Any:
-    """The parts; all that a start builds without data, weights and GPUs has been built."""
-    data, parts = build(cfg.data), parts_of(cfg)
-    objective, denoiser = build(cfg.objective), parts.denoiser("meta")
-    objective.check(denoiser)
-    options = cfg.trainer
-    arrange(denoiser.network, checkpointing=options.activation_checkpointing, compile=options.compile)
-    if cfg.metric and data.held_out is None:
-        raise ValueError("data.held_out=null, but the metric needs held-out images: give a folder, or metric=none")
-    for node in (cfg.logger, cfg.metric, cfg.learning_rate):
-        build(node)
-    build(cfg.optimizer)(denoiser.network.parameters())
-    build(cfg.ema)(dict(denoiser.network.named_parameters()))
-    return parts
-
-
 def _units(plan: Plan) -> list[str]:
     """The shard plan of FSDP2."""
     if not plan.units:
@@ -67,7 +54,7 @@ def _units(plan: Plan) -> list[str]:
     ranks = plan.layout.shards
     lines = [f"  shards             each parameter among {ranks} ranks along its first dimension"]
     for unit in plan.units:
-        name = unit.name if unit.name == "the rest" else f"{unit.number} x {unit.name}"
+        name = unit.name if unit.name == REST else f"{unit.number} x {unit.name}"
         lines.append(
             f"    {name:<16} {unit.parameters:>13,} parameters, {unit.held:>11,} on a rank; gathered, padded: "
             f"{unit.padded:>13,}"
@@ -96,6 +83,6 @@ def _time(plan: Plan, precision: str, hardware: Hardware) -> list[str]:
         f"  operations         {flops * plan.layout.world:,.1f} TFLOP a step, {flops:,.2f} on each GPU",
         f"  a step on {hardware.name:<8} {ms['step']}, {rate:,.0f} images/s: computing {ms['compute']}, update "
         f"{ms['update']}, communication {ms['communication']}, of which {ms['exposed']} waited for",
-        f"    predicted, not measured: {EFFICIENCY:.0%} of the data sheet's peak, communication hidden by ",
+        f"    predicted, not measured: {EFFICIENCY:.0%} of the data sheet's peak, communication hidden by",
         f"    {OVERLAP:.0%} of computing, no data or VAE; tools/scaling.py compares layouts, GPUs and networks",
     ]

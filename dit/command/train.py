@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dit.command.compose import check_choices, check_least, check_run_name, user_errors
+from dit.command.compose import ConfigError, check_choices, check_least, check_run_name, exit_code_of, user_errors
 from dit.train.kind import autoencodes
 
 LEAST: dict[str, float] = {
@@ -17,6 +17,7 @@ LEAST: dict[str, float] = {
     "trainer.preview_every_steps": 1,
     "trainer.checkpoint_every_steps": 1,
     "trainer.keep_checkpoints": 1,
+    "trainer.tensor_parallel_size": 1,
     "trainer.keep_every_steps": 1,
     "sampler.num_steps": 1,
     "noise.num_steps": 1,
@@ -31,7 +32,7 @@ POSITIVE = ("optimizer.lr", "trainer.max_grad_norm", "objective.max_weight", "gu
 CHOICES: dict[str, Sequence[Any]] = {
     "resume": ("auto", "never"),
     "trainer.accelerator": ("auto", "cpu", "gpu"),
-    "trainer.precision": ("32-true", "bf16-mixed"),
+    "trainer.precision": ("auto", "32-true", "bf16-mixed"),
     "trainer.strategy": ("single", "ddp", "fsdp", "zero1", "zero2", "zero3"),
     "trainer.shard": ("world", "node"),
     "trainer.offload": (True, False),
@@ -49,6 +50,17 @@ def check(cfg: DictConfig) -> None:
     check_run_name(cfg.run)
     check_least(cfg, LEAST, POSITIVE)
     check_choices(cfg, CHOICES)
+    for key in ("nodes", "devices"):
+        value = cfg.trainer[key]
+        if value != "auto" and not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+            raise ConfigError(f"trainer.{key}={value}: give a number of at least 1, or auto")
+    if cfg.trainer.strategy == "single" and cfg.trainer.devices != 1:
+        raise ConfigError(
+            f"trainer.devices={cfg.trainer.devices}, but trainer.strategy=single is for one: choose trainer=ddp or "
+            "trainer=fsdp"
+        )
+    if cfg.trainer.offload and not cfg.trainer.strategy.startswith("zero"):
+        raise ConfigError(f"trainer.offload=true goes with trainer=zero1, zero2 or zero3, not {cfg.trainer.strategy}")
     with user_errors():
         autoencodes(cfg)
 
@@ -60,7 +72,10 @@ def tell_apart(cfg: DictConfig, suffix: str) -> None:
 
 
 def main(cfg: DictConfig) -> int:
-    """Train, or with trainer.dry_run only say what it would need; the exit code."""
+    """Train, or with trainer.dry_run only say what it would need; the exit code.
+
+    Several devices of this machine are given a process each, if no launcher has done so.
+    """
     if cfg.trainer.dry_run:
         from dit.command.dry_run import report
 
@@ -68,8 +83,30 @@ def main(cfg: DictConfig) -> int:
             print(report(cfg))
         return 0
     with user_errors():
+        from dit.train import devices
+        from dit.train.world import World
+
+        settled = devices.settled(cfg)
+        number = 1 if World().launched else devices.num_processes(settled.trainer)
+        if number > 1:
+            devices.check_launch(settled.trainer)
+    if number > 1:
+        from dit.train.launch import launch
+
+        return launch(one_of_several, settled, number)
+    return train(cfg)
+
+
+def train(cfg: DictConfig) -> int:
+    """Train in this process; the exit code."""
+    with user_errors():
         from dit.train.run import Run
 
         run = Run(cfg)
         run.prepare()
     return run.fit() or 0
+
+
+def one_of_several(cfg: DictConfig) -> int:
+    """Train as one of the processes that `main` launched; the exit code."""
+    return exit_code_of(lambda: train(cfg))

@@ -129,14 +129,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        batch, tokens, width = x.shape
+        batch, tokens, _ = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1)       # (B, N, 3, heads, D / heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                               # 3 x (B, heads, N, D / heads)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotated(q, rotation), rotated(k, rotation)
         x = F.scaled_dot_product_attention(q, k, v)                        # (B, heads, N, D / heads)
-        return self.proj(x.transpose(1, 2).reshape(batch, tokens, width))  # (B, N, D)
+        return self.proj(x.transpose(1, 2).flatten(2))                     # (B, N, D)
 
 
 class CrossAttention(nn.Module):
@@ -151,12 +151,12 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         """(B, N, D), (B, L, W), and which of L are there (B, L) -> (B, N, D)."""
-        batch, tokens, width = x.shape
+        batch, tokens, _ = x.shape
         q = self.q_linear(x).view(batch, tokens, self.num_heads, -1)             # (B, N, heads, D / heads)
         kv = self.kv_linear(text).view(batch, text.shape[1], 2, self.num_heads, -1)
         k, v = kv.permute(2, 0, 3, 1, 4)                                         # 2 x (B, heads, L, D / heads)
         x = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask[:, None, None])
-        return self.proj(x.transpose(1, 2).reshape(batch, tokens, width))        # (B, N, D)
+        return self.proj(x.transpose(1, 2).flatten(2))                           # (B, N, D)
 
 
 class RMSNorm(nn.RMSNorm):

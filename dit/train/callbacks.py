@@ -19,6 +19,7 @@ from dit.train.checkpoint import Saver
 from dit.train.module import DiffusionModule
 from dit.train.preemption import Preemption
 from dit.train.tracker import WandB
+from dit.train.world import World
 
 
 class Recorder(Callback):
@@ -30,6 +31,7 @@ class Recorder(Callback):
         batch_size: images a step.
         every_steps: a line every so many steps, and after the last.
         tracker: gets every line too.
+        world: the processes over which the loss is averaged; the first one writes.
         beside: what else a line says.
     """
 
@@ -40,6 +42,7 @@ class Recorder(Callback):
         batch_size: int,
         every_steps: int,
         tracker: WandB | None,
+        world: World,
         beside: Callable[[], dict[str, Any]] = dict,
     ):
         self.path = path
@@ -47,6 +50,7 @@ class Recorder(Callback):
         self.batch_size = batch_size
         self.every_steps = every_steps
         self.tracker = tracker
+        self.world = world
         self.beside = beside
         self.last: dict[str, Any] = {}
         self.loss_sum = torch.zeros(())
@@ -55,8 +59,8 @@ class Recorder(Callback):
         self.total_seconds = 0.0
 
     def state(self) -> dict[str, Any]:
-        """What is already summed of the next line."""
-        return {"loss_sum": self.loss_sum.item(), "num_losses": self.num_losses}
+        """What is already summed of the next line, averaged over processes, all of which must ask."""
+        return {"loss_sum": self.world.mean(self.loss_sum).item(), "num_losses": self.num_losses}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on summing where a checkpoint was made."""
@@ -65,7 +69,7 @@ class Recorder(Callback):
 
     def rewind(self, step: int) -> None:
         """Drop the lines after a step, which will be written again."""
-        if self.path.exists():
+        if self.path.exists() and self.world.is_first:
             whole = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             kept = [line for line in whole if json.loads(line)["step"] <= step]
             partial = self.path.with_suffix(".tmp")
@@ -100,10 +104,10 @@ class Recorder(Callback):
         self._images += self.batch_size
         step = pl_module.step
         if step % self.every_steps == 0 or step == self.max_steps:
-            self._write(step, outputs["grad_norm"].item(), trainer.optimizers[0].param_groups[0]["lr"])
+            self._write(step, outputs["grad_norm"].item(), pl_module.lr)
 
     def _write(self, step: int, grad_norm: float, lr: float) -> None:
-        loss = self.loss_sum.item() / self.num_losses
+        loss = self.world.mean(self.loss_sum).item() / self.num_losses
         now = time.perf_counter()
         rate = self._images / (now - self._since)
         self.total_images += self._images
@@ -113,6 +117,8 @@ class Recorder(Callback):
 
         self.last = {"step": step, "images": step * self.batch_size, "loss": loss, "grad_norm": grad_norm, "lr": lr}
         self.last |= {"images_per_second": round(rate, 1), **self.beside()}
+        if not self.world.is_first:
+            return
         with self.path.open("a") as file:
             file.write(json.dumps(self.last) + "\n")
         if self.tracker:
@@ -152,7 +158,9 @@ class Preview(Callback):
         step = pl_module.step
         if step % self.every_steps == 0 or step == self.recorder.max_steps:
             with self.recorder.paused():
-                images = self.draw()
+                images = self.draw()  # in all processes, as each may have but a share of the weights
+                if not self.recorder.world.is_first:
+                    return
                 path = self.folder / f"step-{step:08d}.png"
                 path.write_bytes(encode_png(grid(images, self.columns)))
                 if self.recorder.tracker:
@@ -208,7 +216,7 @@ class Checkpoints(Callback):
         self.snapshooter = self._snapshooter() if self.snapshot_every_steps else None
         if self.resume_from is None:
             return self.recorder.rewind(0)
-        restore(pl_module, self.resume_from)
+        pl_module.strategy.restore(pl_module, self.resume_from)
         state = checkpoint.load_state(self.resume_from)
         pl_module.step = state["step"]
         self.recorder.load_state(state["recorder"])
@@ -219,77 +227,18 @@ class Checkpoints(Callback):
     ) -> None:
         """Commit a checkpoint where one is due; leave if asked to."""
         if not self._checked:  # what cannot be saved is said after the first step
-            saved(pl_module)
+            pl_module.strategy.saved(pl_module)
             self._checked = True
         step = pl_module.step
+        self.preemption.exit_code = self.recorder.world.most(self.preemption.exit_code or 0) or None
         stop = self.preemption.exit_code is not None
         last = stop or step == self.recorder.max_steps
         with self.recorder.paused():
             if self.snapshooter and self.snapshot_every_steps and step % self.snapshot_every_steps == 0:
-                self.snapshooter.save(step, pl_module.ema.averages, {"step": step})
+                self.snapshooter.save(step, pl_module.strategy.saved(pl_module, averages_only=True), {"step": step})
             if last or step % self.every_steps == 0:
                 state = {"step": step, "recorder": self.recorder.state()}
-                self.saver.save(step, saved(pl_module), state, wait=last)
+                self.saver.save(step, pl_module.strategy.saved(pl_module), state, wait=last)
             if last and self.snapshooter:
                 self.snapshooter.wait()
         trainer.should_stop = stop
-
-
-def saved(module: DiffusionModule) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a module that make a checkpoint, by group and name: themselves, no copies.
-
-    `model`, the averages, `objective`, and a group of `<parameter>/<key>` for the state of each optimizer.
-
-    Raises:
-        ValueError: if an optimizer keeps what is no tensor.
-    """
-    groups = {"model": module.denoiser.network.state_dict(), **module.ema.averages}
-    groups["objective"] = module.objective.state_dict()
-    for network, names in _names(module).items():
-        state = module.named_optimizers[network].optimizer.state
-        tensors = {f"{names[p]}/{key}": value for p, values in state.items() for key, value in values.items()}
-        for name, value in tensors.items():
-            if not isinstance(value, Tensor):
-                raise ValueError(
-                    f"the optimizer keeps {name}={value!r}, which is no tensor and cannot be saved: choose another "
-                    "one, like torch.optim.AdamW"
-                )
-        groups[_group(network)] = tensors
-    return groups
-
-
-def restore(module: DiffusionModule, path: Path) -> None:
-    """Load the tensors of a checkpoint into a module in place; however the module is sharded, and it was.
-
-    Raises:
-        CheckpointError: if they cannot be read.
-    """
-    groups = saved(module)
-    for network, names in _names(module).items():
-        optimizer, parameters = module.named_optimizers[network].optimizer, {name: p for p, name in names.items()}
-        on_device = {p for g in optimizer.param_groups if g.get("fused") or g.get("capturable") for p in g["params"]}
-        for name, like in checkpoint.layout(path, _group(network)).items():
-            parameter, _, key = name.rpartition("/")
-            p = parameters[parameter]
-            if like.shape == p.shape and key != "step":
-                value = torch.zeros_like(p, dtype=like.dtype, requires_grad=False)  # sharded as it is
-            else:  # counts of steps are where torch makes them
-                device = p.device if key != "step" or p in on_device else torch.device("cpu")
-                value = torch.zeros_like(like, device=device)
-            optimizer.state[p][key] = groups[_group(network)][name] = value
-    checkpoint.load_into(path, groups)
-
-
-def _names(module: DiffusionModule) -> dict[str, dict[Tensor, str]]:
-    """The parameters of each optimizer, and their names: in the network, or `objective.` and in the objective."""
-    own: dict[Tensor, str] = {p: name.removeprefix("network.") for name, p in module.denoiser.named_parameters()}
-    own |= {p: f"objective.{name}" for name, p in module.objective.named_parameters()}
-    apart: dict[str, dict[Tensor, str]] = {
-        network: {p: name for name, p in part.named_parameters()} for network, part in module.objective.networks.items()
-    }
-    return {"denoiser": own, **apart}
-
-
-def _group(network: str) -> str:
-    """The group with the state of a network's optimizer."""
-    return "optimizer" if network == "denoiser" else f"optimizer-{network}"

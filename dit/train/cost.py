@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dit.train.build import Parts, build
-from dit.train.strategy import arrange
+from dit.train.execution import arrange
 
 # How tensor parallelism splits the linear layers of a unit, by their names in it: 0 the rows of the weight, which are
 # outputs, 1 its columns, which are inputs. The sum over the ranks of what the latter give is the layer's output.

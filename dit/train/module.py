@@ -1,12 +1,12 @@
 """The training step, as a LightningModule."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dit.condition.condition import Condition
@@ -14,6 +14,7 @@ from dit.latent.latent import Latent
 from dit.noise.denoiser import Denoiser
 from dit.noise.draw import Draw
 from dit.objective.objective import Batch, Objective
+from dit.train.strategy import Strategy, by_layout
 from dit.weights.ema import EMA
 
 
@@ -24,7 +25,8 @@ class DiffusionModule(LightningModule):
     optimizer.
 
     Args:
-        denoiser: makes the network, in `configure_model`.
+        denoiser: makes the denoiser, on the meta device where its network can draw its weights afterwards.
+        strategy: how the run is spread over devices.
         objective: what the network should have said.
         condition: from a batch to `cond`, and its dropout.
         latent: images <-> what the network sees.
@@ -33,17 +35,19 @@ class DiffusionModule(LightningModule):
         ema: parameters by name -> their moving averages.
         seed: of all random numbers.
         lanes: the lanes among which a global batch is divided for its random numbers.
-        num_micro_batches: gradient accumulation: a global batch passes the network in so many parts.
+        num_micro_batches: gradient accumulation: a process's part of the batch passes the network in so many parts.
+        init: weights to begin with, full tensors by name; None draws them.
         max_grad_norm: the gradient is scaled down to this norm; None leaves it.
     """
 
     def __init__(
         self,
         denoiser: Callable[[], Denoiser],
+        strategy: Strategy,
         objective: Objective,
         condition: Condition,
         latent: Latent,
-        optimizer: Callable[[Iterable[Tensor]], Optimizer],
+        optimizer: Callable[[Any], Optimizer],
         learning_rate: Callable[[int], float],
         ema: Callable[..., EMA],
         *,
@@ -51,9 +55,11 @@ class DiffusionModule(LightningModule):
         lanes: int = 1,
         num_micro_batches: int = 1,
         max_grad_norm: float | None = None,
+        init: Mapping[str, Tensor] | None = None,
     ):
         super().__init__()
         self.automatic_optimization = False
+        self.strategy = strategy
         self.objective = objective
         self.latent = latent
         self.condition = condition
@@ -63,35 +69,40 @@ class DiffusionModule(LightningModule):
         self.max_grad_norm = max_grad_norm
         self.learning_rate = learning_rate
         self.step = 0
+        self.lr = 0.0  # of the last step
         self.denoiser: Denoiser
+        self.network: nn.Module  # of the denoiser, which may call it through a wrapper
         self.ema: EMA
-        self._make_denoiser, self._make_optimizer, self._make_ema = denoiser, optimizer, ema
+        self._make_denoiser, self._make_optimizer, self._make_ema, self._init = denoiser, optimizer, ema, init
 
     def configure_model(self) -> None:
         """Make the network, its numbers drawn from the seed."""
         if not hasattr(self, "denoiser"):
             torch.manual_seed(self.seed)
             self.denoiser = self._make_denoiser()
+            self.network = self.strategy.begin(self.denoiser, self._init, self.seed)
+            self._init = None  # it may be large
 
-    def configure_optimizers(self) -> list[Optimizer]:
-        """An optimizer for the denoiser and what the objective learns with it, and one for each network of its own."""
+    def configure_optimizers(self) -> None:
+        """Lightning is given none: they are stepped by hand, and made where the weights then are."""
+
+    def on_fit_start(self) -> None:
+        """Make the optimizers and the average.
+
+        There is an optimizer for the denoiser and what the objective learns with it, and one for each network of the
+        objective's own.
+        """
         apart = {name: list(network.parameters()) for name, network in self.objective.networks.items()}
         others = {p for parameters in apart.values() for p in parameters}
         together = itertools.chain(self.denoiser.parameters(), self.objective.parameters())
-        groups = [[p for p in together if p not in others], *apart.values()]
-        return [self._make_optimizer([p for p in group if p.requires_grad]) for group in groups]
-
-    @property
-    def named_optimizers(self) -> dict[str, Any]:
-        """By the names of their networks, each wrapped by Lightning; its `optimizer` is the one that has the state."""
-        made = self.optimizers()  # one, or a list of several
-        return dict(
-            zip(["denoiser", *self.objective.networks], made if isinstance(made, list) else [made], strict=True)
+        groups = {"denoiser": [p for p in together if p not in others], **apart}
+        self.strategy.start(
+            self.denoiser,
+            {name: self._make_optimizer(by_layout(group)) for name, group in groups.items()},
+            micro_batches=self.num_micro_batches,
+            max_norm=self.max_grad_norm,
         )
-
-    def on_fit_start(self) -> None:
-        """Begin the average, where the weights now are."""
-        self.ema = self._make_ema(dict(self.denoiser.network.named_parameters()))
+        self.ema = self._make_ema(self.strategy.averaged(self.network))
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """All phases of one step.
@@ -99,28 +110,22 @@ class DiffusionModule(LightningModule):
         Each ends with an optimizer step on its network; whatever gradients there are then are dropped.
 
         Args:
-            batch: `key` (B,), `image` (B, C, H, W), uint8, or `latent` (B, K, c, h, w), its moments, and the fields of
-                the condition, tensors or arrays.
+            batch: this process's part of the global batch: `key` (B,), `image` (B, C, H, W), uint8, or `latent`
+                (B, K, c, h, w), its moments, and the fields of the condition, tensors or arrays.
             batch_idx: unused; `step` counts.
 
         Returns:
-            `loss`, the sum over phases of the mean over micro-batches, and `grad_norm` of the denoiser before clipping.
+            `loss`, the sum over phases of the mean over this process's micro-batches, and `grad_norm` of the denoiser
+            before clipping, over all processes.
         """
-        optimizers = self.named_optimizers
-        for optimizer in optimizers.values():
+        for optimizer in self.strategy.optimizers.values():
             for group in optimizer.param_groups:
                 group.setdefault("initial_lr", group["lr"])
-                group["lr"] = group["initial_lr"] * self.learning_rate(self.step)
+                self.lr = group["lr"] = group["initial_lr"] * self.learning_rate(self.step)
         total = torch.zeros((), device=self.device)
         grad_norms = {}
         for network, loss in self._backward(list(self._micro_batches(batch))):
-            grad_norms[network] = torch.nn.utils.clip_grad_norm_(
-                [p for group in optimizers[network].param_groups for p in group["params"]],
-                float("inf") if self.max_grad_norm is None else self.max_grad_norm,
-            )
-            optimizers[network].step()
-            for optimizer in optimizers.values():
-                optimizer.zero_grad()
+            grad_norms[network] = self.strategy.step(network)
             total = total + loss
         self.step += 1
         self.ema.update(self.step)
@@ -136,13 +141,14 @@ class DiffusionModule(LightningModule):
                 if (phase := next(phases, None)) is None:
                     return
                 network, loss = phase
-                self.manual_backward(loss / len(running))
+                self.strategy.backward(loss / len(running))
                 total = total + loss.detach() / len(running)
             yield network, total
 
     def _micro_batches(self, batch: Mapping[str, Any]) -> Iterator[Batch]:
-        """The parts of a global batch, each of whole lanes."""
-        lanes = torch.arange(self.lanes).chunk(self.num_micro_batches)
+        """The parts of a process's batch, each of whole lanes."""
+        mine = torch.arange(self.lanes).chunk(self.strategy.data_size)[self.strategy.data_rank]
+        lanes = mine.chunk(self.num_micro_batches)
         rows = torch.arange(len(batch["key"])).chunk(self.num_micro_batches)
         for part, micro in zip(rows, lanes, strict=True):
             draw = Draw(self.seed, self.step, micro.tolist(), len(part), self.device, self.lanes)

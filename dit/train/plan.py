@@ -10,60 +10,23 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
-from omegaconf import DictConfig
 
 from dit.train.build import Parts
 from dit.train.cost import SPLIT, Memory, Passes, multiply_adds, passes, shard, split, states
 from dit.train.hardware import Hardware
-
-STRATEGIES = ("single", "ddp", "fsdp", "zero1", "zero2", "zero3")
-ASSUMED_GPUS = 8  # of a node, where the configuration does not say and none is here
+from dit.train.layout import Layout, check, divided
 
 # Until they are measured on the machine in question:
 EFFICIENCY = 0.4  # of the peak that matrix products reach, everything around them counted in
 OVERLAP = 0.8  # of the time of computing in which communication can hide, where a strategy lets it
 
-# Of DeepSpeed, as Lightning and DeepSpeed set them, in numbers, not bytes.
-BUCKET = 200_000_000  # reduced or gathered at a time; two of gradients are alive
+# DeepSpeed's defaults, in numbers, not bytes.
+BUCKET = 500_000_000  # of gradients on their way: made whole, however small the network is
 PERSISTENT = 100_000  # smaller parameters are never partitioned by ZeRO-3
 LIVE = 1_050_000_000  # gathered parameters that ZeRO-3 keeps, in case they are needed again, and fetches ahead
 
 
-class Layout(NamedTuple):
-    """How GPUs share the work.
-
-    FSDP2 shards over all ranks (`world`), or within each node, where the nodes are replicas (`node`).
-    """
-
-    strategy: str = "single"
-    nodes: int = 1
-    gpus: int = 1  # of a node
-    shard: str = "world"
-    tensor_parallel: int = 1
-    offload: bool = False  # ZeRO's optimizer is in the memory of the CPU
-
-    @property
-    def world(self) -> int:
-        """All ranks."""
-        return self.nodes * self.gpus
-
-    @property
-    def data_parallel(self) -> int:
-        """The ranks among which a batch is divided."""
-        return self.world // self.tensor_parallel
-
-    @property
-    def shards(self) -> int:
-        """The ranks among which FSDP2 divides each parameter, after tensor parallelism."""
-        if self.strategy != "fsdp":
-            return 1
-        return self.data_parallel if self.shard == "world" else self.gpus // self.tensor_parallel
-
-    @property
-    def name(self) -> str:
-        """As in conf/trainer, with `hsdp` for sharding within nodes."""
-        name = "hsdp" if self.strategy == "fsdp" and self.shard == "node" else self.strategy
-        return name + (f"+tp{self.tensor_parallel}" if self.tensor_parallel > 1 else "")
+REST = "the rest"  # what is in no unit
 
 
 class Unit(NamedTuple):
@@ -180,7 +143,7 @@ class Planner:
         for owner, parameters in sizes.items():
             held = [_count(shard(p.shape, layout.shards)) for p in parameters]
             found[
-                inside.get(owner, "the rest"),
+                inside.get(owner, REST),
                 sum(p.numel() for p in parameters),
                 sum(held),
                 layout.shards * sum(h for h, p in zip(held, parameters, strict=True) if p.requires_grad),
@@ -194,11 +157,6 @@ class Planner:
             self._measured[tensor_parallel] = images, passes(self.parts, images, tensor_parallel)
         counted, (copies, activations, passing) = self._measured[tensor_parallel]
         return Passes(copies, activations * images // counted, passing * images // counted)
-
-    @property
-    def _low(self) -> int:
-        """Bytes of a number of a gathered parameter."""
-        return 2 if self.mixed else 4
 
     def _kept(self, values: Mapping[str, int], images: int, layout: Layout) -> tuple[Memory, int]:
         """With what the passes need; and the bytes of the averages if they are in the CPU's memory."""
@@ -216,31 +174,35 @@ class Planner:
         return memory, host, [], []
 
     def _ddp(self, layout: Layout, images: int, number: int) -> tuple[Any, ...]:
-        """Gradients are averaged in float32, once, when they are complete."""
+        """Gradients are averaged in float32, once, when they are complete: in copies, when activations are gone."""
+        trained = 4 * self._numbers()[1]
         memory, host = self._kept(self._states()._asdict(), images, layout)
-        return memory, host, [], [ring("all-reduce", 4 * self._numbers()[1], layout.world, layout.gpus, hidden=False)]
+        copied = trained - memory.copies - memory.activations - memory.passing if layout.world > 1 else 0
+        memory = memory._replace(gathered=max(0, copied))
+        return memory, host, [], [ring("all-reduce", trained, layout.world, layout.gpus, hidden=False)]
 
     def _fsdp(self, layout: Layout, images: int, number: int) -> tuple[Any, ...]:
         """Each unit, and the rest, is gathered forward and again backward, where gradients are reduced in float32.
 
-        While a unit computes backward there are: its parameters, the next one's as they arrive, its gradients, and in
-        float32 those of the unit before, on their way (torch's `FSDPParamGroup`); and the rest, with gradients.
+        With bf16-mixed units are gathered in bfloat16, the rest in float32. While a unit computes backward there are:
+        its parameters, the next one's as they arrive, its gradients, and in float32 those of the unit before, on their
+        way (torch's `FSDPParamGroup`); and the rest, with gradients.
         """
         units = self.units(layout)
-        of_units = [unit for unit in units if unit.name != "the rest"]
-        rest = sum(unit.padded for unit in units if unit.name == "the rest")
-        largest = max((unit.padded for unit in of_units), default=0)
+        low = 2 if self.mixed else 4
+        padded = sum(unit.number * unit.padded for unit in units if unit.name != REST)
+        largest = max((unit.padded for unit in units if unit.name != REST), default=0)
+        rest = sum(unit.padded for unit in units if unit.name == REST)
         memory, host = self._kept(
             self._states(layout.shards, tensor_parallel=layout.tensor_parallel)._asdict(), images, layout
         )
-        gathered = self._low * (2 * rest + 3 * largest) + 4 * largest
-        memory = memory._replace(gathered=gathered, copies=0 if self.mixed else memory.copies)
+        copies = min(memory.copies, 2 * rest) if self.mixed else memory.copies
+        memory = memory._replace(gathered=4 * (2 * rest + largest) + 3 * low * largest, copies=copies)
         members = layout.shards
         near = min(members, layout.gpus // layout.tensor_parallel)  # of them in a node
-        padded = sum(unit.number * unit.padded for unit in units)
         reduced = sum(unit.number * unit.reduced for unit in units)
         traffic = [
-            ring("all-gather", number * self._low * 2 * padded, members, near),
+            ring("all-gather", number * 2 * (low * padded + 4 * rest), members, near),
             ring("reduce-scatter", number * 4 * reduced, members, near),
             ring("all-reduce", number * 4 * reduced / members, layout.data_parallel // members, 1),
         ]
@@ -255,41 +217,37 @@ class Planner:
         pairs = sum(SPLIT.get(name) == 1 for unit in units for name, _ in unit.named_modules())
         again = self.parts.cfg.trainer.activation_checkpointing == "full"
         _, tokens, width = network.pos_embed.shape
-        num_bytes = (3 if again else 2) * pairs * images * (tokens + network.class_tokens) * width * self._low
+        num_bytes = (
+            (3 if again else 2) * pairs * images * (tokens + network.class_tokens) * width * (2 if self.mixed else 4)
+        )
         return ring("all-reduce", num_bytes, layout.tensor_parallel, layout.tensor_parallel, hidden=False)
 
     def _zero(self, layout: Layout, images: int, number: int, stage: int) -> tuple[Any, ...]:
-        """DeepSpeed: with bf16-mixed parameters and gradients are in bfloat16, beside float32 of the rank's part."""
+        """DeepSpeed, all in float32; the optimizer steps a copy of the rank's part of the parameters."""
         whole, part = self._states(), self._states(layout.world, flat=True)
         (numbers, trained), (own, own_trained) = self._numbers(), self._numbers(layout.world)
-        optimizer, offloaded = part.optimizer + 4 * own_trained, 0
-        if layout.offload:
-            optimizer, offloaded = 0, optimizer + 4 * own_trained  # and the gradients it steps with
-        small = sum(p.numel() for p in self._split(1).parameters() if p.numel() < PERSISTENT) if stage == 3 else 0
+        small = sum(p.numel() for p in self._split(1).parameters() if p.numel() < PERSISTENT)
+        state = part.optimizer + 4 * own_trained
         memory, host = self._kept(
             {
-                "parameters": self._low * (own + small if stage == 3 else numbers),
-                "gradients": self._low * (trained if stage == 1 else own_trained),
-                "optimizer": optimizer,
+                "parameters": 4 * (own + small) if stage == 3 else whole.parameters,
+                "gradients": 4 * (trained if stage == 1 else own_trained),
+                "optimizer": 0 if layout.offload else state,
                 "ema": (part if stage == 3 else whole).ema,
             },
             images,
             layout,
         )
-        buckets = 2 * min(BUCKET, trained) + (min(LIVE, numbers) if stage == 3 else 0)
-        memory = memory._replace(gathered=self._low * buckets, copies=0 if self.mixed else memory.copies)
+        if layout.offload:  # with gradients, and room for the parameters that it gives
+            host += state + 8 * own_trained
+        memory = memory._replace(gathered=4 * (BUCKET + (min(LIVE, numbers) if stage == 3 else 0)))
         gathers = 2 * number * numbers if stage == 3 else trained
+        reductions = 1 if stage == 1 else number
         traffic = [
-            ring("all-gather", self._low * gathers, layout.world, layout.gpus, hidden=stage == 3),
-            ring(
-                "reduce-scatter",
-                self._low * trained * (1 if stage == 1 else number),
-                layout.world,
-                layout.gpus,
-                hidden=stage > 1,
-            ),
+            ring("all-gather", 4 * gathers, layout.world, layout.gpus, hidden=stage == 3),
+            ring("reduce-scatter", 4 * trained * reductions, layout.world, layout.gpus, hidden=stage == 3),
         ]
-        return memory, host + offloaded, [], traffic
+        return memory, host, [], traffic
 
     def _zero1(self, layout: Layout, images: int, number: int) -> tuple[Any, ...]:
         return self._zero(layout, images, number, 1)
@@ -311,89 +269,6 @@ def ring(kind: str, num_bytes: float, members: int, near: int, *, hidden: bool =
     sent = num_bytes * (members - 1) / members * (2 if kind == "all-reduce" else 1)
     leaves = 0.0 if members == near else 1 / near
     return Traffic(kind, sent * (1 - leaves), sent * leaves, hidden)
-
-
-def layout_of(trainer: DictConfig) -> tuple[Layout, str]:
-    """What a configuration's trainer says, and in words what had to be assumed.
-
-    Raises:
-        ValueError: if two values do not fit together, with the way out.
-    """
-    nodes, gpus, assumed = trainer.nodes, trainer.devices, []
-    if gpus == "auto":
-        gpus = 1
-        if trainer.strategy != "single":
-            here = torch.cuda.device_count() if trainer.accelerator != "cpu" else 0
-            gpus = here or ASSUMED_GPUS
-            assumed.append(f"trainer.devices=auto: {f'{here} GPUs are here' if here else f'{gpus} assumed'}")
-    if nodes == "auto":
-        nodes = 1
-        if trainer.strategy != "single":
-            assumed.append("trainer.nodes=auto: 1 assumed")
-    for key, value in {"nodes": nodes, "devices": gpus, "tensor_parallel_size": trainer.tensor_parallel_size}.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"trainer.{key}={value} must be a whole number, at least 1")
-    layout = Layout(trainer.strategy, nodes, gpus, trainer.shard, trainer.tensor_parallel_size, trainer.offload)
-    check(layout)
-    return layout, "; ".join(assumed)
-
-
-def check(layout: Layout) -> None:
-    """See that its values fit together.
-
-    Raises:
-        ValueError: naming two that do not, with the way out.
-    """
-    parallel = layout.tensor_parallel
-    if layout.strategy not in STRATEGIES:
-        raise ValueError(f"trainer.strategy={layout.strategy}: choose one of {', '.join(STRATEGIES)}")
-    if layout.shard not in ("world", "node"):
-        raise ValueError(f"trainer.shard={layout.shard}: choose one of world, node")
-    if min(layout.nodes, layout.gpus, parallel) < 1:
-        raise ValueError(
-            f"trainer.nodes={layout.nodes}, trainer.devices={layout.gpus} and trainer.tensor_parallel_size={parallel} "
-            "must be at least 1"
-        )
-    if layout.strategy == "single" and layout.world > 1:
-        raise ValueError(
-            f"trainer.nodes={layout.nodes} with trainer.devices={layout.gpus}, but trainer.strategy=single: choose "
-            "trainer=ddp or trainer=fsdp"
-        )
-    if parallel > 1 and layout.strategy != "fsdp":
-        raise ValueError(
-            f"trainer.tensor_parallel_size={parallel} needs trainer=fsdp_tp, not strategy={layout.strategy}"
-        )
-    if layout.gpus % parallel:
-        raise ValueError(f"trainer.tensor_parallel_size={parallel} must divide trainer.devices={layout.gpus}")
-    if layout.offload and not layout.strategy.startswith("zero"):
-        raise ValueError(f"trainer.offload=true needs zero1, zero2 or zero3, not trainer.strategy={layout.strategy}")
-
-
-def divided(layout: Layout, batch: int, micro_batch: int | None, lanes: int | None = None) -> tuple[int, int]:
-    """Images that a GPU sees at a time, and in how many parts it sees its share of the batch, each of whole lanes.
-
-    Raises:
-        ValueError: if they do not divide it, with the way out.
-    """
-    ranks = layout.data_parallel
-    share, rest = divmod(batch, ranks)
-    if rest or not share:
-        raise ValueError(f"trainer.batch_size={batch} must be a multiple of the {ranks} ranks that share a batch")
-    images = min(micro_batch or share, share)
-    if share % images:
-        allowed = [n for n in range(1, share + 1) if share % n == 0]
-        raise ValueError(
-            f"trainer.micro_batch_size={images} must divide the {share} images of each of {ranks} ranks "
-            f"(trainer.batch_size={batch}): choose one of {allowed}"
-        )
-    parts = ranks * share // images
-    if lanes and (batch % lanes or lanes % parts):
-        allowed = [n for n in range(parts, batch + 1, parts) if batch % n == 0]
-        raise ValueError(
-            f"trainer.lanes={lanes} must divide trainer.batch_size={batch} and be a multiple of {parts} "
-            f"({ranks} ranks, {share // images} micro-batches each): choose one of {allowed}"
-        )
-    return images, share // images
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from dit.metric.subject import Samples, Subject, check
 from dit.train import checkpoint
-from dit.train.build import build, parts_of
+from dit.train.build import build
+from dit.train.checked import build_trained, checked
+from dit.train.devices import layout_of, settled
 from dit.train.encoding import check_encoded, identity
 from dit.train.same import differences
-from dit.train.strategy import arrange
+from dit.train.world import World
 from dit.weights.convert import fitted
 
 if TYPE_CHECKING:  # importing lightning takes seconds, which a mistake in the configuration need not wait for
@@ -50,25 +52,22 @@ class Run:
     """
 
     def __init__(self, cfg: DictConfig):
-        self.cfg = cfg
-        self.data = build(cfg.data)
-        self.parts = parts_of(cfg)
-        self.num_micro_batches = _num_micro_batches(cfg.trainer)
-        self.objective = build(cfg.objective)
-        denoiser = self.parts.denoiser("meta")
-        self.objective.check(denoiser)
-        self._arrange(denoiser.network)
+        self.cfg = cfg = settled(cfg)
+        self.world = World()
+        self.layout = layout_of(cfg.trainer, self.world)
+        self.data, self.parts, self.objective, denoiser, strategy, self.num_micro_batches = checked(cfg, self.layout)
         self.tracker = build(cfg.logger)
-        if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
-            raise ValueError("trainer.accelerator=gpu, but torch sees no GPU: choose trainer=cpu")
-        if cfg.metric and self.data.held_out is None:
-            raise ValueError("data.held_out=null, but the metric needs held-out images: give a folder, or metric=none")
-        self.data.check(cfg.trainer.batch_size, cfg.trainer.lanes)  # before the optimizer, whose making takes seconds
+        self.device = (
+            torch.device("cuda", self.world.local_rank) if cfg.trainer.accelerator == "gpu" else torch.device("cpu")
+        )
+        if self.world.size > 1 or strategy.needs_group:
+            self.world.join(self.device.type)
+        self._check_data()  # before the optimizer, whose making takes seconds
         if cfg.metric:
             self.data.check_images()
         self.parts.condition.check(self.data.first() if self.data.there else None)
-        build(cfg.optimizer)(denoiser.network.parameters())
-        build(cfg.ema)(dict(denoiser.network.named_parameters()))
+        build_trained(cfg, denoiser)
+        self.strategy = strategy(cfg.trainer, self.world, self.device)
         self.num_parameters = sum(p.numel() for p in denoiser.network.parameters())
         self.latent = self.parts.latent()
         # Hashing a VAE takes a while, so that it is done once.
@@ -83,14 +82,12 @@ class Run:
         begins = not checkpoint.committed(self.folder / "checkpoints")
         self.init = self._initial(denoiser.network) if cfg.init and begins else None
         self.resolved = OmegaConf.to_container(cfg, resolve=True)
-        self._lock = self._claim()
+        self._lock: TextIO | None = None
         try:
-            self.resume_from = checkpoint.newest(self.folder / "checkpoints")
+            self.resume_from = self.world.once(self._claim)
             self.step = checkpoint.step_of(self.resume_from) if self.resume_from else 0
-            if self.resume_from:
-                self._check_same(self.resume_from)
         except BaseException:
-            self._lock.close()
+            self._leave()
             raise
 
     def _initial(self, network: nn.Module) -> dict[str, Tensor]:
@@ -108,27 +105,19 @@ class Run:
         except ValueError as error:
             raise ValueError(f"init.path={init.path}: {error}") from error
 
-    def _arrange(self, network: nn.Module) -> None:
-        """Set how the network is executed."""
-        options = self.cfg.trainer
-        arrange(
-            network,
-            checkpointing=options.activation_checkpointing,
-            compile=options.compile,
-            channels_last=options.channels_last,
-        )
-
     def _denoiser(self) -> Any:
-        """The denoiser, or what stands for it, as it begins, ready to be executed."""
-        denoiser = self.parts.denoiser()
-        if self.init:
-            denoiser.network.load_state_dict(self.init)
-            self.init = None  # it may be large
-        self._arrange(denoiser.network)
-        return denoiser
+        """The denoiser, or what stands for it; without weights, where its network can draw them afterwards."""
+        denoiser = self.parts.denoiser("meta")
+        return denoiser if hasattr(denoiser.network, "reset_parameters") else self.parts.denoiser()
 
-    def _claim(self) -> TextIO:
-        """Take the folder for this process alone."""
+    def _check_data(self) -> None:
+        """By the first process alone at first, which makes what is missing of an index."""
+        options = self.cfg.trainer
+        for first_alone in (self.world.once, lambda function: function()):
+            first_alone(lambda: self.data.check(options.batch_size, options.lanes, self.layout.data_parallel))
+
+    def _claim(self) -> Path | None:
+        """Take the folder for this run alone, and find the checkpoint to go on from; by the first process."""
         if self.cfg.resume == "never" and (self.folder / "config.yaml").exists():
             raise ValueError(f"{self.folder} exists and resume=never: choose another run=<name>, or resume=auto")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -141,7 +130,16 @@ class Run:
             ) from None
         except OSError:
             pass  # a file system without locks
-        return lock
+        self._lock = lock
+        if resume_from := checkpoint.newest(self.folder / "checkpoints"):
+            self._check_same(resume_from)
+        return resume_from
+
+    def _leave(self) -> None:
+        """Give the folder, and the connection of the processes, back."""
+        if self._lock:
+            self._lock.close()
+        self.world.leave()
 
     def _check_same(self, resume_from: Path) -> None:
         """See to it that what goes on is the same run."""
@@ -161,9 +159,9 @@ class Run:
             raise ValueError(
                 f"data.path={self.cfg.data.path} holds other shards than those run={self.cfg.run} was begun with{other}"
             )
-        if self.step > self.cfg.trainer.max_steps:
+        if (step := checkpoint.step_of(resume_from)) > self.cfg.trainer.max_steps:
             raise ValueError(
-                f"trainer.max_steps={self.cfg.trainer.max_steps}, but run={self.cfg.run} is at step {self.step}"
+                f"trainer.max_steps={self.cfg.trainer.max_steps}, but run={self.cfg.run} is at step {step}"
             )
 
     def _fingerprint(self) -> str:
@@ -176,9 +174,9 @@ class Run:
         Raises:
             ValueError: if they do not do.
         """
-        if not self.data.there:
-            self.data.prepare()
-            self.data.check(self.cfg.trainer.batch_size, self.cfg.trainer.lanes)
+        if not self.world.once(lambda: self.data.there):
+            self.world.once(self.data.prepare)
+            self._check_data()
 
     def fit(self) -> int | None:
         """Train to the end, evaluate, and write summary.json.
@@ -189,28 +187,36 @@ class Run:
         summary = self.folder / "summary.json"
         max_steps = self.cfg.trainer.max_steps
         try:
-            before = json.loads(summary.read_text()) if summary.exists() else {}
+            before = self.world.once(lambda: json.loads(summary.read_text()) if summary.exists() else {})
             judged = bool(before.keys() - PROGRESS) or not self.cfg.metric
             if before.get("step") == self.step == max_steps and judged:
-                print(f"dit: {self.folder} is complete at step {self.step}")
-                _report(self.folder, before)
+                self.world.say(f"dit: {self.folder} is complete at step {self.step}")
+                if self.world.is_first:
+                    _report(self.folder, before)
                 return None
             self.prepare()
-            print(
+            batch, devices = self.cfg.trainer.batch_size, self.layout.data_parallel
+            parts = devices * self.num_micro_batches
+            among = [f"{devices} devices"] if devices > 1 else []
+            among += [f"{self.num_micro_batches} parts"] if self.num_micro_batches > 1 else []
+            among += [f"{batch // parts} images"] if among else []
+            self.world.say(
                 f"dit: {self.folder}: {f'going on from step {self.step}' if self.step else 'a new run'}, "
-                f"{self.num_parameters:,} parameters, {max_steps} steps of {self.cfg.trainer.batch_size} images"
-                f"{f' in {self.num_micro_batches} parts' if self.num_micro_batches > 1 else ''}, "
-                f"lr {self.cfg.optimizer.lr:g}",
-                flush=True,
+                f"{self.num_parameters:,} parameters, {max_steps} steps of {batch} images"
+                f"{' = ' + ' x '.join(among) if among else ''}, lr {self.cfg.optimizer.lr:g}"
             )
-            for name in ("samples", "checkpoints"):
-                (self.folder / name).mkdir(exist_ok=True)
-            if self.resume_from:
-                checkpoint.clean(self.folder / "checkpoints", self.resume_from)
-            _write(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.resolved)))
+            self.world.once(self._prepare_folder)
             return self._train()
         finally:
-            self._lock.close()
+            self._leave()
+
+    def _prepare_folder(self) -> None:
+        """Make room for what the run leaves."""
+        for name in ("samples", "checkpoints"):
+            (self.folder / name).mkdir(exist_ok=True)
+        if self.resume_from:
+            checkpoint.clean(self.folder / "checkpoints", self.resume_from)
+        _write(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.resolved)))
 
     def _train(self) -> int | None:
         from lightning.pytorch import Trainer
@@ -229,6 +235,7 @@ class Run:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - self.data.num_workers))
         module = DiffusionModule(
             self._denoiser,
+            self.strategy,
             self.objective,
             self.parts.condition,
             self.latent,
@@ -239,18 +246,23 @@ class Run:
             lanes=options.lanes,
             num_micro_batches=self.num_micro_batches,
             max_grad_norm=options.max_grad_norm,
+            init=self.init,
         )
+        self.init = None  # it may be large
 
+        if not self.world.is_first:
+            self.tracker = None
         if self.tracker:
             self.tracker.start(self.folder, self.resolved)
-        preemption = Preemption()
+        preemption = Preemption(speaks=self.world.is_first)
         recorder = Recorder(
             self.folder / "metrics.jsonl",
             options.max_steps,
             options.batch_size,
             options.log_every_steps,
             self.tracker,
-            lambda: {"replaced": self.data.replaced} if self.data.replaced else {},
+            self.world,
+            self._replaced,
         )
         columns = min(10, self.parts.condition.sizes.get("num_classes", 10))
         preview_of = self._preview_of(columns)
@@ -275,7 +287,9 @@ class Run:
         )
         trainer = Trainer(
             accelerator=options.accelerator,
-            devices=options.devices,
+            devices=self.world.local_size,
+            num_nodes=self.world.num_nodes,
+            **self._processes(),
             precision=options.precision,
             max_epochs=1,  # of the data's endless stream, cut to the steps that are left
             logger=False,
@@ -290,10 +304,26 @@ class Run:
                 LambdaCallback(on_train_end=lambda *_: self._finish(module, trainer, recorder, preemption)),
             ],
         )
-        batches = self.data.batches(options.batch_size, cfg.seed, self.step, lanes=options.lanes)
+        share = {"rank": self.strategy.data_rank, "world_size": self.strategy.data_size}
+        batches = self.data.batches(options.batch_size, cfg.seed, self.step, lanes=options.lanes, **share)
         with preemption, closing(batches):  # closing ends the data's workers, which leave signals to us
             trainer.fit(module, itertools.islice(batches, options.max_steps - self.step))
         return preemption.exit_code if module.step < options.max_steps else None
+
+    def _processes(self) -> dict[str, Any]:
+        """What Lightning is told of them: that they are there already; what is divided among them is our affair."""
+        if not torch.distributed.is_initialized():
+            return {}
+        from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+        from lightning.pytorch.strategies import ModelParallelStrategy
+
+        together = ModelParallelStrategy(data_parallel_size=self.world.size, tensor_parallel_size=1)
+        return {"strategy": together, "plugins": [TorchElasticEnvironment()], "use_distributed_sampler": False}
+
+    def _replaced(self) -> dict[str, int]:
+        """Samples that could not be used, of all processes."""
+        number = self.world.total(self.data.replaced)
+        return {"replaced": number} if number else {}
 
     def _preview_of(self, columns: int) -> Samples:
         """What previews are told: a class a column, four times, or if there is more, what the first samples are."""
@@ -335,16 +365,18 @@ class Run:
                 **recorder.beside(),
             }
             with self._as_sampled(module, trainer):
-                self.parts.export(module.denoiser, self.data, self.folder)
+                if self.world.is_first:
+                    self.parts.export(module.denoiser, self.data, self.folder)
             if self.cfg.metric:
-                print(f"dit: judging {self.cfg.evaluation.num_images} samples", flush=True)
+                self.world.say(f"dit: judging {self.cfg.evaluation.num_images} samples")
                 train, held_out = self.data.read("train"), self.data.read("held_out")
                 subject = self._subject(module, trainer)
                 summary |= build(self.cfg.metric)(subject, train, held_out, num_images=self.cfg.evaluation.num_images)
-            _write(self.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-            _report(self.folder, summary)
+            if self.world.is_first:
+                _write(self.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+                _report(self.folder, summary)
         elif preemption.exit_code is not None:
-            print(f"dit: stopped and saved at step {module.step}; the same command goes on from there", flush=True)
+            self.world.say(f"dit: stopped and saved at step {module.step}; the same command goes on from there")
         if self.tracker:
             self.tracker.finish(summary)
 
@@ -356,20 +388,6 @@ def _shown(subject: Subject, samples: Samples, columns: int) -> Tensor:
         return drawn
     rows = zip(samples["image"].split(columns), drawn.split(columns), strict=True)
     return torch.cat([images for row in rows for images in row])
-
-
-def _num_micro_batches(trainer: DictConfig) -> int:
-    """In how many parts a global batch passes the network, each of whole lanes."""
-    batch, lanes, micro = trainer.batch_size, trainer.lanes, trainer.micro_batch_size or trainer.batch_size
-    if batch % lanes:
-        raise ValueError(f"trainer.batch_size={batch} must be a multiple of trainer.lanes={lanes}")
-    if batch % micro or lanes % (batch // micro):
-        allowed = [batch // n for n in range(1, lanes + 1) if lanes % n == 0]
-        raise ValueError(
-            f"trainer.micro_batch_size={micro} must divide trainer.batch_size={batch} into whole lanes "
-            f"(trainer.lanes={lanes}): choose one of {allowed}"
-        )
-    return batch // micro
 
 
 def _write(path: Path, text: str) -> None:

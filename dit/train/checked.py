@@ -1,0 +1,55 @@
+"""What a run is made of, checked as far as can be without data, weights and GPUs."""
+
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig
+
+from dit.objective.objective import Objective
+from dit.train.build import build, parts_of
+from dit.train.devices import strategy_of
+from dit.train.layout import Layout, divided
+from dit.train.strategy import Strategy
+
+
+class Checked(NamedTuple):
+    """What fits together."""
+
+    data: Any
+    parts: Any
+    objective: Objective
+    denoiser: Any  # on the meta device
+    strategy: type[Strategy]
+    num_micro_batches: int  # of a process
+
+
+def checked(cfg: DictConfig, layout: Layout) -> Checked:
+    """The parts of a run, none of which has read or written anything.
+
+    Args:
+        cfg: settled.
+        layout: how devices share the work.
+
+    Raises:
+        ValueError: if they do not fit together, with the way out.
+        ImportError: if an optional dependency is missing.
+    """
+    options = cfg.trainer
+    _, num_micro_batches = divided(layout, options.batch_size, options.micro_batch_size, options.lanes)
+    data, parts, objective, strategy = build(cfg.data), parts_of(cfg), build(cfg.objective), strategy_of(options)
+    denoiser = parts.denoiser("meta")
+    objective.check(denoiser)
+    strategy.check(options, denoiser, objective)
+    strategy.arrange(denoiser.network, options)
+    if cfg.metric and data.held_out is None:
+        raise ValueError("data.held_out=null, but the metric needs held-out images: give a folder, or metric=none")
+    return Checked(data, parts, objective, denoiser, strategy, num_micro_batches)
+
+
+def build_trained(cfg: DictConfig, denoiser: Any) -> None:
+    """Try to make what follows the weights; making an optimizer takes seconds, so that other mistakes come first.
+
+    Raises:
+        ValueError: if one of their values is out of range.
+    """
+    build(cfg.optimizer)(denoiser.network.parameters())
+    build(cfg.ema)(dict(denoiser.network.named_parameters()))

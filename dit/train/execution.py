@@ -1,0 +1,81 @@
+"""How a network is executed on its device: options beside the model, which knows nothing of them.
+
+A network names the modules that are treated as one, its `units`; what is done to them is done in place, so that names
+of parameters stay as they are. The order is: activation checkpointing, compile.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+CHECKPOINTING = ("none", "full", "selective")
+
+
+def arrange(
+    network: nn.Module, *, checkpointing: str = "none", compile: bool = False, channels_last: bool = False
+) -> None:
+    """Set in place how a network is executed; what it computes stays the same.
+
+    Args:
+        network: with `units`, a tuple of classes of modules.
+        checkpointing: compute activations again in the backward pass instead of keeping them
+            (arXiv:1604.06174): `full` keeps the input of each unit; `selective` keeps matrix products and attention,
+            too, and computes the rest again.
+        compile: each unit by torch.compile.
+        channels_last: store images with channels last, as convolutions of GPUs want them.
+
+    Raises:
+        ValueError: if there is no such choice, or the network has no units.
+    """
+    if checkpointing not in CHECKPOINTING:
+        raise ValueError(f"trainer.activation_checkpointing={checkpointing}: choose one of {', '.join(CHECKPOINTING)}")
+    units: Any = getattr(network, "units", ())
+    if not units and (compile or checkpointing != "none"):
+        raise ValueError(f"{type(network).__name__} names no units to compile or to checkpoint")
+    if channels_last:
+        network.to(memory_format=torch.channels_last)
+    for module in network.modules():
+        if not isinstance(module, units):
+            continue
+        if checkpointing != "none":
+            options: dict[str, Any] = {"use_reentrant": False}
+            if checkpointing == "selective":
+                options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+            module.forward = _checkpointed(module.forward, options)
+        if compile:
+            module.compile(dynamic=False)
+    if compile:  # units of one class share their code, and each shape of theirs counts
+        torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
+
+
+def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:  # a function, as the compiler does not look into a partial
+        return checkpoint(forward, *args, **options)
+
+    return run
+
+
+def _keep_products(context: Any, operation: Callable[..., Any], *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Keep what is dear to compute."""
+    return CheckpointPolicy.MUST_SAVE if operation in _dear() else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@cache
+def _dear() -> set[Any]:
+    """Asked of every operation of every forward."""
+    aten = torch.ops.aten
+    names = [
+        "mm",
+        "addmm",
+        "bmm",
+        "convolution",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+    ]
+    return {getattr(aten, name).default for name in names if hasattr(aten, name)}

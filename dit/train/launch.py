@@ -1,0 +1,110 @@
+"""Several processes on this machine, as torchrun would start them, for `dit train trainer.devices=N`."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from types import FrameType
+from typing import Any
+
+GRACE_SECONDS = 20.0  # for the others to end by themselves once one has failed
+
+
+def launch(work: Callable[[Any], int], argument: Any, num_processes: int) -> int:
+    """Run `work(argument)` in so many processes that know each other by the environment of torchrun.
+
+    They are forked from a server that has imported torch and nothing else done, so that they start together and at
+    once. If one fails the others are ended after a while, so that none waits for it for ever.
+
+    Args:
+        work: a function of a module, that gives an exit code.
+        argument: what can be pickled.
+        num_processes: how many.
+
+    Returns:
+        0 if all ended so, or the exit code of the first that did not; 128 + n for one killed by signal n.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dit.train.preload"])
+    shared = {**os.environ, "WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    environments = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
+    processes = [context.Process(target=_begin, args=(env, work, argument)) for env in environments]
+
+    def forward(signum: int, frame: FrameType | None) -> None:
+        for process in processes:
+            if process.pid and process.is_alive():
+                os.kill(process.pid, signum)
+
+    here = threading.current_thread() is threading.main_thread()
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)} if here else {}
+    try:
+        for process in processes:
+            process.start()
+        if here:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the processes, too
+            signal.signal(signal.SIGTERM, forward)
+        return _first_code(processes)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _first_code(processes: Sequence[BaseProcess]) -> int:
+    """The exit code of the first process that fails; the others are given time to end."""
+    running, code, until = list(processes), 0, float("inf")
+    while running:
+        wait([process.sentinel for process in running], timeout=min(1.0, max(0.0, until - time.monotonic())))
+        for process in [process for process in running if not process.is_alive()]:
+            running.remove(process)
+            ended = process.exitcode or 0
+            if ended and not code:
+                code, until = (ended if ended > 0 else 128 - ended), time.monotonic() + GRACE_SECONDS
+                if ended < 0:
+                    name = signal.Signals(-ended).name
+                    print(f"dit: the process of rank {processes.index(process)} was ended by {name}", file=sys.stderr)
+        if time.monotonic() > until:
+            for process in running:
+                print(f"dit: ending rank {processes.index(process)}, which still waits", file=sys.stderr)
+                process.kill()
+            until = float("inf")
+    return code
+
+
+def _begin(environment: dict[str, str], work: Callable[[Any], int], argument: Any) -> None:
+    """In the new process."""
+    import torch
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_DFL)
+    os.environ.clear()
+    os.environ |= environment
+    if threads := environment.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(threads))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    raise SystemExit(work(argument))
+
+
+def _end_with_parent() -> None:
+    """A process that nobody waits for must not go on."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port: int = listening.getsockname()[1]
+        return port

@@ -1,0 +1,15 @@
+"""What the server imports from which `launch` forks; it leaves the signals of a terminal to those it forks."""
+
+import signal
+
+import lightning.pytorch  # noqa: F401
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
+import torch.distributed.tensor.parallel  # noqa: F401
+
+import dit.train.callbacks
+import dit.train.module
+import dit.train.run  # noqa: F401
+
+for signum in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(signum, signal.SIG_IGN)

@@ -1,0 +1,100 @@
+"""Fully sharded data parallel (FSDP2), with tensor parallelism if asked for."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from dit.train import tensor_parallel
+from dit.train.strategy import Strategy
+from dit.train.world import World
+
+
+class Sharded(Strategy):
+    """Each device keeps a share of every parameter, gradient, average and optimizer state.
+
+    arXiv:1910.02054, 2304.11277. The network's units are gathered one after the other, forward and backward. With
+    trainer.shard=node the shares are those of one node's devices, and nodes average their gradients (HSDP). With
+    trainer.tensor_parallel_size=T, T devices beside each other see the same images and divide the work in each block.
+
+    In mixed precision the units are gathered in bfloat16; gradients are summed, and everything is kept, in float32.
+    """
+
+    needs_group = True
+
+    def __init__(self, options: DictConfig, world: World, device: torch.device):
+        super().__init__(options, world, device)
+        tensor = options.tensor_parallel_size
+        sharded = world.local_size // tensor if options.shard == "node" else self.data_size
+        names = ("replicate", "shard", "tensor")
+        self.mesh = init_device_mesh(device.type, (self.data_size // sharded, sharded, tensor), mesh_dim_names=names)
+        self._data_mesh = self.mesh["replicate", "shard"] if self.data_size > sharded else self.mesh["shard"]
+        self._data = None
+        if tensor > 1:  # those of the same place within their blocks
+            for first in range(tensor):
+                group = dist.new_group(list(range(first, world.size, tensor)))
+                self._data = group if world.rank % tensor == first else self._data
+        self._stacked: dict[str, int] = {}
+
+    @classmethod
+    def check(cls, options: DictConfig, denoiser: Any, objective: nn.Module) -> None:
+        """Refuse networks that name no units, and sizes that do not divide them."""
+        if not getattr(denoiser.network, "units", ()):
+            raise ValueError(
+                f"trainer.strategy=fsdp: {type(denoiser.network).__name__} names no units to shard; choose trainer=ddp"
+            )
+        if (size := options.tensor_parallel_size) > 1:
+            tensor_parallel.check(denoiser.network, size)
+
+    def divide(self, network: nn.Module) -> None:
+        """Divide the units by DTensor plans."""
+        if self.options.tensor_parallel_size > 1:
+            self._stacked = tensor_parallel.divide(network, self.mesh["tensor"])
+
+    def shard(self, network: nn.Module) -> None:
+        """Divide all parameters, unit by unit; what is outside of units forms one of its own."""
+        units: Any = getattr(network, "units", ())
+        mixed = self.options.precision == "bf16-mixed"
+        within = MixedPrecisionPolicy(torch.bfloat16 if mixed else None, torch.float32, cast_forward_inputs=False)
+        for module in network.modules():
+            if isinstance(module, units):
+                fully_shard(module, mesh=self._data_mesh, mp_policy=within)
+        # Embeddings stay in float32: bfloat16 does not tell times 999 and 1000 apart.
+        # It is given back after each forward, or averages lent for sampling would not be seen.
+        whole = MixedPrecisionPolicy(cast_forward_inputs=False)
+        fully_shard(network, mesh=self._data_mesh, mp_policy=whole, reshard_after_forward=True)
+
+    def draw(self, network: nn.Module, seed: int) -> None:
+        """As on a single device; rows of matrices one above the other are then brought to their devices."""
+        super().draw(network, seed)
+        for name, p in network.named_parameters():
+            if name in self._stacked and isinstance(p, DTensor):
+                self.put(p, p.full_tensor().detach(), name)
+
+    def neutral(self, name: str, value: Tensor) -> Tensor:
+        """The rows of matrices one above the other in their own order, gathered; all else as it is."""
+        if (rows := self._order(name, value)) is None:
+            return value
+        assert isinstance(value, DTensor)
+        return value.full_tensor()[rows.argsort()]
+
+    def put(self, tensor: Tensor, whole: Tensor, name: str) -> None:
+        """Copy this process's part of a full tensor."""
+        if (rows := self._order(name, tensor)) is not None:
+            whole = whole[rows]
+        super().put(tensor, whole, name)
+
+    def _order(self, name: str, value: Tensor) -> Tensor | None:
+        """In which order the rows of such matrices, and of what belongs to them, stand."""
+        matrices = next((self._stacked[n] for n in (name, name.rpartition("/")[0]) if n in self._stacked), None)
+        if matrices is None or value.ndim == 0:
+            return None
+        return tensor_parallel.order(len(value), matrices, self.options.tensor_parallel_size)
+
+    def _data_group(self) -> Any:
+        return self._data

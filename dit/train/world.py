@@ -1,0 +1,153 @@
+"""The processes that train one run together, one a device."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class World:
+    """Which of how many processes this is, as torchrun, srun or `launch` said in the environment; else the only one.
+
+    Attributes:
+        rank: of this process among all, 0 the first.
+        size: number of processes.
+        local_rank: of this process among those of its node.
+        local_size: number of processes on its node.
+
+    Raises:
+        ValueError: if the environment says something else than numbers.
+    """
+
+    def __init__(self) -> None:
+        env = _environment()
+        try:
+            self.rank, self.size = int(env["RANK"]), int(env["WORLD_SIZE"])
+            self.local_rank, self.local_size = int(env["LOCAL_RANK"]), int(env["LOCAL_WORLD_SIZE"])
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"the launcher's environment is not complete: {error}; use torchrun or srun") from None
+        self._address = env.get("MASTER_ADDR", "127.0.0.1"), env.get("MASTER_PORT", "29500")
+        self._joined = False
+
+    @property
+    def launched(self) -> bool:
+        """Whether a launcher started this process as one of several."""
+        return self.size > 1
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of machines."""
+        return self.size // self.local_size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes and speaks for all."""
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Print a line, once for all processes."""
+        if self.is_first:
+            print(text, flush=True)
+
+    def join(self, device: str) -> None:
+        """Connect the processes: gloo, and NCCL where tensors lie on GPUs.
+
+        Args:
+            device: `cpu` or `cuda`.
+        """
+        if dist.is_initialized():
+            return
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        values = (self.rank, self.size, self.local_rank, self.local_size)
+        os.environ |= {name: str(value) for name, value in zip(names, values, strict=True)}
+        if device == "cuda":
+            torch.cuda.set_device(self.local_rank)
+        if self.size > 1:
+            os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = self._address
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+        else:  # sharding wants a group even of one, which needs no port
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1
+            )
+        self._joined = True
+
+    def leave(self) -> None:
+        """Disconnect."""
+        if self._joined and dist.is_initialized():
+            dist.destroy_process_group()
+        self._joined = False
+
+    def once(self, function: Callable[[], T]) -> T:
+        """What a function gives in the first process, in all of them; if it fails there, all stop.
+
+        Raises:
+            Exception: in the first process, the function's own; in others SystemExit with its exit code, silently.
+        """
+        if self.size == 1:
+            return function()
+        answer: list[Any] = [None, None]
+        failed: Exception | None = None
+        if self.is_first:
+            try:
+                answer[0] = function()
+            except Exception as error:
+                failed, answer[1] = error, getattr(error, "exit_code", 2 if isinstance(error, ValueError) else 1)
+        dist.broadcast_object_list(answer, device=torch.device("cpu"))
+        if failed is not None:
+            raise failed
+        if answer[1] is not None:
+            sys.stdout.flush()
+            raise SystemExit(answer[1])
+        value: T = answer[0]
+        return value
+
+    def most(self, value: int) -> int:
+        """The largest of the processes' values; on the CPU, so that no device is waited for."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(value)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a tensor over all processes."""
+        if self.size == 1:
+            return value
+        total = value.clone()
+        dist.all_reduce(total)
+        return total / self.size
+
+    def total(self, value: int) -> int:
+        """The sum of the processes' values."""
+        return round(self.mean(torch.tensor(float(value), dtype=torch.float64)).item() * self.size)
+
+
+def _environment() -> dict[str, str]:
+    """RANK and so on, in torchrun's words."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        local = {"LOCAL_RANK": env["RANK"], "LOCAL_WORLD_SIZE": env["WORLD_SIZE"]}  # one node, unless it is said
+        return local | dict(env)
+    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # a step of srun, not the batch script around it
+        return {
+            "RANK": env["SLURM_PROCID"],
+            "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
+            "LOCAL_RANK": env["SLURM_LOCALID"],
+            "LOCAL_WORLD_SIZE": str(int(env["SLURM_STEP_NUM_TASKS"]) // int(env["SLURM_STEP_NUM_NODES"])),
+            "MASTER_ADDR": env.get("MASTER_ADDR") or _first_host(env["SLURM_STEP_NODELIST"]),
+            "MASTER_PORT": env.get("MASTER_PORT") or str(15000 + int(env["SLURM_JOB_ID"]) % 10000),
+        }
+    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+
+
+def _first_host(nodes: str) -> str:
+    """Of SLURM's list, such as node[01-04,07],other3."""
+    from lightning.fabric.plugins.environments import SLURMEnvironment
+
+    return SLURMEnvironment.resolve_root_node_address(nodes)

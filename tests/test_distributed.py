@@ -1,0 +1,261 @@
+"""Whatever the strategy and the number of processes, a run has the same numbers, and checkpoints fit together."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+from together import copied, differences, lines, train_together, weights
+
+from dit.command.compose import compose
+from dit.train.launch import launch
+
+# Of sums in another order. In bfloat16 the order in which a sum is rounded matters more.
+FP32 = {"loss": 1e-5, "grad_norm": 1e-5, "ema": 1e-5, "model": 2e-5, "optimizer": 1e-4}
+BF16 = {"loss": 2e-3, "grad_norm": 2e-2, "ema": 2e-3, "model": 1e-2, "optimizer": 1e-1}
+SMALL = ["model.hidden_size=32", "model.depth=2", "model.num_heads=2"]
+STRATEGIES = ["ddp", "fsdp", "fsdp_tp", "zero1", "zero2", "zero3"]
+ACCUMULATED = ["ddp", "fsdp", "zero2", "zero3"]
+STEPS, HALF = 30, 15
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, digits_dir):
+    """The configuration of a small run by its name."""
+    folder = tmp_path_factory.mktemp("together")
+
+    def of(run, *overrides, steps=STEPS, model=()):
+        small = [] if model else SMALL
+        return compose(
+            "train",
+            [
+                *("experiment=digits", f"run={run}", f"runs_dir={folder}/runs", f"data_dir={digits_dir}"),
+                *("metric=none", "logger=none", "learning_rate=constant", "ema.decay=0.9", "data.num_workers=0"),
+                *(*small, "sampler.num_steps=2"),
+                *("trainer.batch_size=32", "trainer.log_every_steps=1", "trainer.precision=32-true"),
+                *(f"trainer.max_steps={steps}", "trainer.checkpoint_every_steps=1000"),
+                *("trainer.preview_every_steps=12", *overrides),
+            ],
+        )
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def single(recipe):
+    """What one process gives, whole and stopped in the middle."""
+    runs = [
+        recipe("single", "trainer=cpu"),
+        recipe("half-single", "trainer=cpu", steps=HALF),
+        recipe("bf16-single", "trainer=cpu", "trainer.precision=bf16-mixed"),
+    ]
+    assert train_together(runs, 1) == 0
+    return SimpleNamespace(whole=runs[0], half=runs[1], bf16=runs[2])
+
+
+@pytest.fixture(scope="module")
+def double(recipe, single):
+    """What two processes give, by strategy: begun, stopped in the middle, and gone on with from one process."""
+    whole = {name: recipe(name, f"trainer={name}") for name in STRATEGIES}
+    half = {name: recipe(f"half-{name}", f"trainer={name}", steps=HALF) for name in STRATEGIES}
+    parts = ["trainer.micro_batch_size=4", "trainer.max_grad_norm=0.5"]
+    more = {
+        "bf16-ddp": recipe("bf16-ddp", "trainer=ddp", "trainer.precision=bf16-mixed"),
+        "bf16-fsdp": recipe("bf16-fsdp", "trainer=fsdp", "trainer.precision=bf16-mixed"),
+        "bf16-zero2": recipe("bf16-zero2", "trainer=zero2", "trainer.precision=bf16-mixed"),
+        **{f"parts-{name}": recipe(f"parts-{name}", f"trainer={name}", *parts, steps=8) for name in ACCUMULATED},
+    }
+    from_one = {
+        name: recipe(copied(single.half, f"from-one-{name}"), f"trainer={name}") for name in ("ddp", "fsdp", "zero3")
+    }
+    assert train_together([*whole.values(), *half.values(), *more.values(), *from_one.values()], 2) == 0
+    return SimpleNamespace(whole=whole, half=half, more=more, from_one=from_one)
+
+
+def close(found, tolerance):
+    return all(found[key] <= tolerance[key] for key in tolerance)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_two_processes_give_the_numbers_of_one(single, double, name):
+    found = differences(double.whole[name], single.whole)
+    assert close(found, FP32), found
+    assert lines(single.whole)[0]["loss"] > 1.1 * lines(single.whole)[-1]["loss"]  # there was something to learn
+
+
+@pytest.mark.parametrize("name", ["bf16-ddp", "bf16-fsdp", "bf16-zero2"])
+def test_in_mixed_precision_they_agree_within_its_rounding(single, double, name):
+    found = differences(double.more[name], single.bf16)
+    assert close(found, BF16), found
+
+
+def test_accumulation_and_clipping_are_those_of_one_process(single, double, recipe):
+    reference = recipe(
+        "parts-single", "trainer=cpu", "trainer.micro_batch_size=8", "trainer.max_grad_norm=0.5", steps=8
+    )
+    assert train_together([reference], 1) == 0
+    assert max(line["grad_norm"] for line in lines(reference)) > 0.5
+    for name in ACCUMULATED:
+        found = differences(double.more[f"parts-{name}"], reference)
+        assert close(found, FP32), (name, found)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero3"])
+def test_two_processes_go_on_from_one(single, double, name):
+    found = differences(double.from_one[name], single.whole)
+    assert close(found, FP32), found
+
+
+def test_one_process_goes_on_from_two(single, double, recipe):
+    runs = {name: recipe(copied(double.half[name], f"to-one-{name}"), "trainer=cpu") for name in STRATEGIES}
+    assert train_together(runs.values(), 1) == 0
+    for name, run in runs.items():
+        found = differences(run, single.whole)
+        assert close(found, FP32), (name, found)
+
+
+@pytest.mark.slow
+def test_the_same_strategy_and_size_go_on_bit_equal(double, recipe):
+    runs = {name: recipe(copied(double.half[name], f"again-{name}"), f"trainer={name}") for name in STRATEGIES}
+    assert train_together(runs.values(), 2) == 0
+    for name, run in runs.items():
+        assert [line["loss"] for line in lines(run)] == [line["loss"] for line in lines(double.whole[name])], name
+        assert set(differences(run, double.whole[name]).values()) == {0.0}, name
+
+
+@pytest.mark.slow
+def test_checkpoints_fit_all_strategies_and_sizes(single, double, recipe):
+    """Saved under one, DDP and FSDP of two, FSDP of four, nodes of two and tensors of two; resumed under each other."""
+    four = {
+        "fsdp4": ["trainer=fsdp"],
+        "tensor4": ["trainer=fsdp_tp"],
+        "ddp4": ["trainer=ddp"],
+        "zero2-4": ["trainer=zero2"],
+        "zero3-4": ["trainer=zero3"],
+    }
+    halves = {name: recipe(f"half-{name}", *options, steps=HALF) for name, options in four.items()}
+    assert train_together(halves.values(), 4) == 0
+    begun = {"single": single.half, **double.half, **halves}
+    for size, ways in (
+        (1, {"single": ["trainer=cpu"]}),
+        (2, {name: [f"trainer={name}"] for name in STRATEGIES}),
+        (4, four),
+    ):
+        runs = {
+            (old, new): recipe(copied(cfg, f"{old}-to-{new}"), *options)
+            for old, cfg in begun.items()
+            for new, options in ways.items()
+            if old != new
+        }
+        assert train_together(runs.values(), size) == 0
+        for way, run in runs.items():
+            found = differences(run, single.whole)
+            assert close(found, FP32), (way, found)
+
+
+@pytest.mark.slow
+def test_all_kinds_of_networks_are_sharded(recipe):
+    """Also with queries and keys normalized, fused matrices, convolutions, an optimizer of the objective's own."""
+    model = ["trainer.max_steps=6"]
+    kinds = {
+        "modern": ["model=dit_digits_modern", *SMALL, "model.mlp_ratio=4.5", "trainer.max_steps=6"],
+        "shared": ["model.shared_adaln=true", "model.class_tokens=4", "model.rms_norm=true", *model],
+        "unet": ["model=unet_digits", "trainer.max_steps=6"],
+        "unet-bf16": ["model=unet_digits", "trainer.max_steps=6", "trainer.precision=bf16-mixed"],
+        "uncertain": ["objective=uncertain", *model],
+    }
+
+    def of(kind, name, *more):
+        plain = [o for o in kinds[kind] if o.startswith("model=")]
+        return recipe(f"{kind}-{name}", *kinds[kind], *more, model=plain)
+
+    ways = {"modern": ["fsdp", "fsdp_tp", "zero3"], "shared": ["fsdp", "fsdp_tp"], "unet": ["fsdp", "zero3"]}
+    ways |= {"unet-bf16": ["fsdp"], "uncertain": ["ddp", "fsdp"]}
+    assert train_together([of(kind, "single", "trainer=cpu") for kind in kinds], 1) == 0
+    runs = {(kind, way): of(kind, way, f"trainer={way}") for kind in ways for way in ways[kind]}
+    assert train_together(runs.values(), 2) == 0
+    for (kind, way), run in runs.items():
+        found = differences(run, of(kind, "single", "trainer=cpu"))
+        assert close(found, BF16 if "bf16" in kind else FP32), (kind, way, found)
+
+
+@pytest.mark.slow
+def test_nodes_may_have_copies(single, recipe, monkeypatch):
+    """HSDP: two nodes of two devices each, as their environment says."""
+    run = recipe("hsdp", "trainer=fsdp", "trainer.shard=node")
+    assert launch(_two_nodes, run, 4) == 0
+    found = differences(run, single.whole)
+    assert close(found, FP32), found
+
+
+def _two_nodes(cfg):
+    from dit.command.train import one_of_several
+
+    rank = int(os.environ["RANK"])
+    os.environ |= {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": str(rank % 2)}
+    return one_of_several(cfg)
+
+
+def command(cfg, *launcher, **env):
+    """`dit train` of a configuration, by a launcher, in a group of processes of its own."""
+    from omegaconf import OmegaConf
+
+    keys = ["run", "runs_dir", "data_dir", "data.num_workers", "model.hidden_size", "sampler.num_steps"]
+    keys += [f"trainer.{key}" for key in ("batch_size", "log_every_steps", "max_steps", "precision", "lanes")]
+    keys += [f"trainer.{key}" for key in ("devices", "accelerator", "checkpoint_every_steps")]
+    overrides = [f"{key}={OmegaConf.select(cfg, key)}" for key in keys] + [f"trainer={cfg.trainer.strategy}"]
+    fixed = ["experiment=digits", "metric=none", "logger=none", "model.depth=1", "model.num_heads=2"]
+    return subprocess.Popen(
+        [*(launcher or [sys.executable]), "-m", "dit", "train", *fixed, *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, **env},
+    )
+
+
+def wait_for_line(cfg, number, process):
+    from pathlib import Path
+
+    path = Path(cfg.runs_dir) / cfg.run / "metrics.jsonl"
+    while process.poll() is None and not (path.exists() and len(path.read_text().splitlines()) >= number):
+        time.sleep(0.01)
+
+
+def test_a_signal_stops_all_processes_at_the_same_step(recipe):
+    cfg = recipe("signal", "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", steps=100_000)
+    process = command(cfg)
+    wait_for_line(cfg, 5, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, output
+    assert output.count("stopped and saved at step") == 1, output
+    assert output.count("stopping after this step") == 1, output
+    assert weights(cfg)["model"]
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_run(recipe):
+    cfg = recipe("dies", "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", steps=100_000)
+    process = command(cfg)
+    wait_for_line(cfg, 5, process)
+    ranks = subprocess.run(["pgrep", "-g", str(process.pid), "-f", "forkserver"], capture_output=True, text=True)
+    os.kill(int(ranks.stdout.split()[-1]), signal.SIGKILL)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGKILL, output
+    assert "was ended by SIGKILL" in output
+
+
+@pytest.mark.slow
+def test_torchrun_starts_it_too(recipe):
+    cfg = recipe("torchrun", "trainer=fsdp", "trainer.accelerator=cpu", steps=6)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29611"]
+    process = command(cfg, *launcher)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    assert "= 2 devices x 16 images" in output
+    assert len(lines(cfg)) == 6
