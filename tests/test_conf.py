@@ -100,7 +100,7 @@ WRONG = {
     "run=": "a run's name is a folder's name",
     "resume=perhaps": "resume=perhaps: choose one of auto, never",
     "trainer.strategy=dpp": "trainer.strategy=dpp: choose one of single, ddp",
-    "trainer.precision=8": "choose one of 32-true",
+    "trainer.precision=8": "choose one of auto, 32-true",
     "trainer.micro_batch_size=foo": "trainer.micro_batch_size=foo must be a number",
     "guidance.clip=foo": "guidance.clip=foo must be a number",
     "optimizer.betas=5": "expected a list, like optimizer.betas=",

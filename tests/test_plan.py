@@ -305,10 +305,12 @@ def test_layouts_that_cannot_be(layout, message):
 def test_batches_that_cannot_be_divided(mixed):
     with pytest.raises(ValueError, match=r"trainer\.batch_size=20 must be a multiple of the 8 ranks"):
         divided(Layout("ddp", 2, 4), 20, None)
-    with pytest.raises(ValueError, match=r"micro_batch_size=3 must divide the 4 images .* choose one of \[1, 2, 4\]"):
+    with pytest.raises(ValueError, match=r"micro_batch_size=3 must divide the 4 images .* choose one of \[4, 2, 1\]"):
         divided(Layout("ddp", 2, 4), 32, 3)
-    with pytest.raises(ValueError, match=r"trainer.lanes=8 must .* multiple of 16 .* choose one of \[16, 32\]"):
+    with pytest.raises(ValueError, match=r"micro_batch_size=2 must .*whole lanes \(trainer.lanes=8\): .* \[4\]"):
         divided(Layout("ddp", 2, 4), 32, 2, lanes=8)
+    with pytest.raises(ValueError, match=r"trainer.lanes=4 must .* multiple of its 8 ranks: choose one of \[8, 16, 32\]"):
+        divided(Layout("ddp", 2, 4), 32, None, lanes=4)
     with pytest.raises(ValueError, match="tensor_parallel_size=8 must divide the 4 heads"):
         planned(mixed, "fsdp", 1, 8, tensor_parallel=8)
     with pytest.raises(ValueError, match="UNet has no layers that are split so"):
@@ -357,8 +359,8 @@ def test_dry_runs_of_whatever(overrides, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["trainer=fsdp", "trainer.devices=0"], "trainer.devices=0: give a number of at least 1"),
-        (["trainer=fsdp", "trainer.nodes=1.5"], "trainer.nodes=1.5: give a number of at least 1"),
+        (["trainer=fsdp", "trainer.devices=0"], "trainer.devices=0 must be a whole number"),
+        (["trainer=fsdp", "trainer.nodes=1.5"], "trainer.nodes=1.5 must be a whole number"),
         (["trainer=fsdp", "trainer.nodes=3"], "trainer.batch_size=128 must be a multiple of the 24 ranks"),
         (["trainer=ddp", "trainer.devices=16"], "trainer.lanes=8 must divide"),
         (["trainer=ddp", "trainer.strategy=dpp"], "choose one of single, ddp"),

@@ -53,7 +53,7 @@ def check(cfg: DictConfig) -> None:
     for key in ("nodes", "devices"):
         value = cfg.trainer[key]
         if value != "auto" and not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
-            raise ConfigError(f"trainer.{key}={value}: give a number of at least 1, or auto")
+            raise ConfigError(f"trainer.{key}={value} must be a whole number, at least 1, or auto")
     if cfg.trainer.strategy == "single" and cfg.trainer.devices != 1:
         raise ConfigError(
             f"trainer.devices={cfg.trainer.devices}, but trainer.strategy=single is for one: choose trainer=ddp or "

@@ -112,18 +112,19 @@ def divided(layout: Layout, batch: int, micro_batch: int | None, lanes: int | No
     share, rest = divmod(batch, ranks)
     if rest or not share:
         raise ValueError(f"trainer.batch_size={batch} must be a multiple of the {ranks} ranks that share a batch")
-    images = min(micro_batch or share, share)
-    if share % images:
-        allowed = [n for n in range(1, share + 1) if share % n == 0]
+    if lanes and (batch % lanes or lanes % ranks):
+        allowed = [n for n in range(ranks, batch + 1, ranks) if batch % n == 0]
         raise ValueError(
-            f"trainer.micro_batch_size={images} must divide the {share} images of each of {ranks} ranks "
-            f"(trainer.batch_size={batch}): choose one of {allowed}"
+            f"trainer.lanes={lanes} must divide trainer.batch_size={batch} and be a multiple of its {ranks} ranks: "
+            f"choose one of {allowed}"
         )
-    parts = ranks * share // images
-    if lanes and (batch % lanes or lanes % parts):
-        allowed = [n for n in range(parts, batch + 1, parts) if batch % n == 0]
+    images = min(micro_batch or share, share)
+    most = lanes // ranks if lanes else share  # parts of a rank's share, each of whole lanes
+    allowed = [n for n in range(share, 0, -1) if share % n == 0 and most % (share // n) == 0]
+    if images not in allowed:
+        of = f"the {share} images of each of {ranks} ranks, " if ranks > 1 else ""
         raise ValueError(
-            f"trainer.lanes={lanes} must divide trainer.batch_size={batch} and be a multiple of {parts} "
-            f"({ranks} ranks, {share // images} micro-batches each): choose one of {allowed}"
+            f"trainer.micro_batch_size={images} must divide {of}trainer.batch_size={batch} into whole lanes "
+            f"(trainer.lanes={lanes or 'any'}): choose one of {allowed}"
         )
     return images, share // images

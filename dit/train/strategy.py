@@ -163,12 +163,9 @@ class Strategy:
         """Over the processes that see other parts of the batch, in place."""
         if self.data_size == 1:
             return
-        waiting = []
         for bucket in _buckets(gradients):
             flat = torch.cat([gradient.flatten() for gradient in bucket])
-            waiting.append((bucket, flat, dist.all_reduce(flat, group=self._data_group(), async_op=True)))
-        for bucket, flat, work in waiting:
-            work.wait()
+            dist.all_reduce(flat, group=self._data_group())
             flat /= self.data_size
             for gradient, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                 gradient.copy_(mean.view_as(gradient))

@@ -16,6 +16,8 @@ from dit.train import checkpoint
 from dit.train.strategy import Strategy
 from dit.train.world import World
 
+BUCKET = 200_000_000  # numbers of gradients that are summed at a time; DeepSpeed makes room for all of them
+
 
 class Zero(Strategy):
     """Divides among devices the optimizer's state (stage 1), the gradients (2) and the parameters too (3).
@@ -72,7 +74,11 @@ class Zero(Strategy):
             "gradient_clipping": max_norm or 0.0,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
-            "zero_optimization": {"stage": self.stage, **(offload if self.options.offload else {})},
+            "zero_optimization": {
+                "stage": self.stage,
+                "reduce_bucket_size": min(BUCKET, sum(p.numel() for p in denoiser.network.parameters())),
+                **(offload if self.options.offload else {}),
+            },
             "torch_autocast": {
                 "enabled": self.options.precision == "bf16-mixed",
                 "dtype": "bfloat16",
