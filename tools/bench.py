@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bench_checkpoint import checkpoint
 from bench_data import data
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -115,6 +116,12 @@ def main() -> None:
     command = commands.add_parser("data", help="samples a second, against webdataset's reader; going on at a step")
     command.set_defaults(run=data)
     command.add_argument("--samples", type=int, default=8000)
+    command.add_argument("--repeats", type=int, default=5)
+    command.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
+    command = commands.add_parser("checkpoint", help="for how long a save holds training up, beside it and not")
+    command.set_defaults(run=checkpoint)
+    command.add_argument("--folder", help="in which a temporary one is made; by default the system's")
+    command.add_argument("--steps", type=int, default=200, help="of a small network, that are timed alone")
     command.add_argument("--repeats", type=int, default=5)
     command.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
     options = parser.parse_args()
