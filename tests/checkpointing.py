@@ -86,13 +86,13 @@ def save_until(root, point):
     os._exit(count)
 
 
-def save_forever(root, ready):
+def save_forever(root, size, ready):
     """Save step 2, 3, ... until killed."""
     saver = checkpoint.Saver(root, keep=1)
     step = 1
     while True:
         step += 1
-        saver.save(step, tensors(step), {"step": step})
+        saver.save(step, tensors(step, size), {"step": step})
         ready.set()
 
 

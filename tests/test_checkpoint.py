@@ -207,7 +207,7 @@ def test_a_save_killed_at_any_time_leaves_what_is_whole(tmp_path):
         root = tmp_path / str(i)
         saved(root, 1, size=size)
         ready = processes.Event()
-        process = processes.Process(target=save_forever, args=(root, ready))
+        process = processes.Process(target=save_forever, args=(root, size, ready))
         process.start()
         ready.wait()
         time.sleep(0.017 * i)
