@@ -26,8 +26,9 @@ HELP = """dit trains diffusion transformers.
   dit VERB -m key=a,b    one run for each combination
   dit --version
 
-Exit codes: 0 done, 2 a mistake in the configuration or input, 3 data that is broken, 4 no intact checkpoint,
-75 stopped by SIGTERM with a checkpoint (start again to go on), 130 stopped by Ctrl-C with a checkpoint.
+Exit codes: 0 done, 2 a mistake in the configuration or input, 3 data that is broken, 4 no intact checkpoint, or the
+last one could not be written, 75 stopped by SIGTERM with a checkpoint (start again to go on), 130 stopped by Ctrl-C
+with a checkpoint.
 """
 
 

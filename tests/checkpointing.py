@@ -86,14 +86,24 @@ def save_until(root, point):
     os._exit(count)
 
 
-def save_forever(root, ready):
+def save_forever(root, size, ready):
     """Save step 2, 3, ... until killed."""
     saver = checkpoint.Saver(root, keep=1)
     step = 1
     while True:
         step += 1
-        saver.save(step, tensors(step), {"step": step})
+        saver.save(step, tensors(step, size), {"step": step})
         ready.set()
+
+
+class Counting(torch.optim.AdamW):
+    """An optimizer that keeps what is no tensor."""
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        for state in self.state.values():
+            state["count"] = 1
+        return loss
 
 
 def network(seed, device="cpu"):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,9 +30,12 @@ from checkpointing import (
     trained,
 )
 from test_conf import dit
+from test_train import metrics
 
-from dit.train import checkpoint
+from dit.train import callbacks, checkpoint
+from dit.train.callbacks import Checkpoints
 from dit.train.checkpoint import CheckpointError, Saver
+from dit.train.run import Run
 
 LAYOUTS = [(1, sharded), (2, replicated), (2, sharded), (4, sharded), (4, hybrid), (4, parallel)]
 
@@ -203,7 +207,7 @@ def test_a_save_killed_at_any_time_leaves_what_is_whole(tmp_path):
         root = tmp_path / str(i)
         saved(root, 1, size=size)
         ready = processes.Event()
-        process = processes.Process(target=save_forever, args=(root, ready))
+        process = processes.Process(target=save_forever, args=(root, size, ready))
         process.start()
         ready.wait()
         time.sleep(0.017 * i)
@@ -262,6 +266,14 @@ def test_none_intact_is_an_error(tmp_path):
     assert raised.value.exit_code == 4
 
 
+def test_the_pointer_names_what_is_gone_on_from(tmp_path):
+    saved(tmp_path, 1, 2)
+    (tmp_path / "step-00000002" / "state.json").unlink()
+    checkpoint.clean(tmp_path, checkpoint.newest(tmp_path))
+    assert names(tmp_path) == ["latest", "step-00000001", "step-00000002.corrupt"]
+    assert (tmp_path / "latest").read_text() == "step-00000001\n"
+
+
 def test_another_format_is_told_from_damage(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "FORMAT", 99)
     saved(tmp_path, 1)
@@ -315,6 +327,33 @@ def test_a_save_may_fail_anywhere(tmp_path, monkeypatch, where):
         saver.wait()
     assert "No space left" in saver.problem and checkpoint.newest(tmp_path).name == "step-00000001"
     assert not list(tmp_path.glob("step-*.tmp"))
+
+
+def test_what_is_no_tensor_is_refused(tmp_path, config):
+    with pytest.raises(ValueError, match="a/count is no tensor"):
+        Saver(tmp_path).save(1, {"optimizer": {"a/count": 3}}, {})
+    with pytest.raises(ValueError, match=r"the optimizer keeps .*/count=1, which is no tensor .*: choose another one"):
+        Run(config("optimizer._target_=checkpointing.Counting")).fit()
+    assert [line["step"] for line in metrics(Path(config().runs_dir) / "digits")] == [1]  # said at once
+
+
+def test_snapshots_of_the_averages_are_all_kept(config, monkeypatch):
+    monkeypatch.setattr(
+        callbacks,
+        "Checkpoints",
+        lambda *args, **kwargs: Checkpoints(*args, **{**kwargs, "snapshot_every_steps": 4}),
+    )
+    run = Run(config("trainer.keep_checkpoints=1"))
+    root = run.folder / "snapshots"
+    (root / "step-00000003.tmp").mkdir(parents=True)
+    assert run.fit() is None
+    assert names(root) == ["latest", "step-00000004", "step-00000008", "step-00000012"]
+    last = checkpoint.committed(root)[-1]
+    assert checkpoint.verify(last) is None and checkpoint.load_state(last) == {"step": 12}
+    [whole] = checkpoint.committed(run.folder / "checkpoints")
+    expected = checkpoint.load_weights(whole, "ema")
+    assert all(torch.equal(value, expected[name]) for name, value in checkpoint.load_weights(last, "ema").items())
+    assert checkpoint.layout(last, "model") == checkpoint.layout(last, "optimizer") == {}
 
 
 @pytest.mark.slow

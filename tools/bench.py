@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bench_checkpoint import checkpoint
 from bench_data import data
 from bench_ema import ema
 from bench_memory import memory
@@ -131,6 +132,12 @@ def main() -> None:
     command.add_argument("overrides", nargs="*", default=["model=dit_b_2"], help="of a recipe, as for dit doctor")
     command.add_argument("--processes", type=int, default=4)
     command.add_argument("--batch-size", type=int, default=2, help="images of each")
+    command.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
+    command = commands.add_parser("checkpoint", help="for how long a save holds training up, beside it and not")
+    command.set_defaults(run=checkpoint)
+    command.add_argument("--folder", help="in which a temporary one is made; by default the system's")
+    command.add_argument("--steps", type=int, default=200, help="of a small network, that are timed alone")
+    command.add_argument("--repeats", type=int, default=5)
     command.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

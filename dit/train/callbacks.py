@@ -214,6 +214,8 @@ class Checkpoints(Callback):
         self.preemption.install()
         self.saver = self._saver()  # now that there is a process group, if there is to be one
         self.snapshooter = self._snapshooter() if self.snapshot_every_steps else None
+        if self.snapshooter and self.snapshooter.rank == 0:
+            checkpoint.clean(self.snapshooter.root, None)
         if self.resume_from is None:
             return self.recorder.rewind(0)
         pl_module.strategy.restore(pl_module, self.resume_from)
@@ -242,3 +244,9 @@ class Checkpoints(Callback):
             if last and self.snapshooter:
                 self.snapshooter.wait()
         trainer.should_stop = stop
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what checkpoints have cost."""
+        if self.saver.rank == 0:
+            seconds = self.saver.stall_seconds + (self.snapshooter.stall_seconds if self.snapshooter else 0)
+            print(f"dit: checkpoints held training up for {seconds:.1f} s in all", flush=True)

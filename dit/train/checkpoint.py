@@ -128,12 +128,15 @@ class Saver:
             wait: return when it is committed.
 
         Raises:
+            ValueError: if something in tensors is none.
             CheckpointError: if it was waited for, and could not be written.
         """
         self.wait()
         with self._stalling():
             text = json.dumps(state, indent=1) + "\n"
-            named = {f"{group}/{name}": value for group, values in tensors.items() for name, value in values.items()}
+            named = _named(tensors)
+            if others := [name for name, value in named.items() if not isinstance(value, Tensor)]:
+                raise ValueError(f"{others[0]} is no tensor: checkpoints hold tensors, and what JSON can say")
             plan = self._plan_of(named)
             parts = {name: _part(value) for name, value in named.items()}
             if self.asynchronous and not wait:
@@ -147,6 +150,11 @@ class Saver:
                 f"the checkpoint of step {step} could not be written ({self.problem}): mend that, and the same command "
                 "goes on from the one before"
             )
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
         """Return when no save is under way."""
@@ -186,7 +194,10 @@ class Saver:
         """Write and commit; what goes wrong, on whichever rank, is the problem of all."""
         final = self.root / f"step-{step:08d}"
         partial = final.with_suffix(".tmp")
+        crc32 = torch.serialization.get_crc32_options()
         try:
+            # torch would hold the interpreter, and so training, for it; the sha256 of the file says more.
+            torch.serialization.set_crc32_options(False)
             if self._agreed(lambda: self.rank == 0 and _begun(partial, final))[0]:
                 dcp.save(
                     parts,
@@ -214,6 +225,8 @@ class Saver:
             if self.problem and self.rank == 0:
                 print(f"dit: checkpoints are written again, {final}", flush=True)
             self.problem = None
+        finally:
+            torch.serialization.set_crc32_options(crc32)
 
     def _agreed(self, function: Callable[[], Any]) -> list[Any]:
         """What a function returns on each rank; where it fails on one, it fails on all."""
@@ -250,14 +263,13 @@ class Saver:
             "versions": {"dit": __version__, "torch": torch.__version__, "lightning": version("lightning")},
             "files": dict(sorted(files.items())),
         }
-        latest = self.root / f"{LATEST}.tmp"
         (partial / MANIFEST).write_text(_sealed(manifest))
-        latest.write_text(f"{final.name}\n")
-        for path in (partial / MANIFEST, partial, latest):
-            _sync(path)
+        _sync(partial / MANIFEST)
+        _sync(partial)
+        pointer = _pointer(final)  # while the disk may still be full without harm
         partial.rename(final)
         _sync(self.root)
-        latest.replace(self.root / LATEST)
+        pointer.replace(self.root / LATEST)
         _sync(self.root)
         if self.keep is not None:
             for old in committed(self.root)[: -self.keep]:
@@ -325,9 +337,11 @@ def clean(root: Path, resume_from: Path | None) -> None:
     """
     for stale in root.glob("step-*.tmp"):
         shutil.rmtree(stale)
-    for path in committed(root) if resume_from else []:
-        if resume_from and step_of(path) > step_of(resume_from):
-            _put_aside(path)
+    if resume_from:
+        for path in committed(root):
+            if step_of(path) > step_of(resume_from):
+                _put_aside(path)
+        _pointer(resume_from).replace(root / LATEST)
 
 
 def verify(path: Path) -> str | None:
@@ -407,11 +421,10 @@ def load_into(path: Path, tensors: Tensors) -> None:
     Raises:
         CheckpointError: if one is not there, has another shape, or cannot be read.
     """
-    named = {f"{group}/{name}": value for group, values in tensors.items() for name, value in values.items()}
     try:
         with torch.no_grad():
             dcp.load(
-                named,
+                _named(tensors),
                 storage_reader=_reader(path),
                 planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
                 no_dist=True,  # each rank finds its parts by itself
@@ -435,10 +448,23 @@ def _begun(partial: Path, final: Path) -> bool:
     return True
 
 
+def _pointer(path: Path) -> Path:
+    """What is to replace `latest`, for it to name a checkpoint."""
+    pointer = path.parent / f"{LATEST}.tmp"
+    pointer.write_text(f"{path.name}\n")
+    _sync(pointer)
+    return pointer
+
+
 def _put_aside(path: Path) -> None:
     aside = path.with_suffix(".corrupt")
     shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)
+
+
+def _named(tensors: Tensors) -> dict[str, Tensor]:
+    """By the keys that DCP is given."""
+    return {f"{group}/{name}": value for group, values in tensors.items() for name, value in values.items()}
 
 
 def _part(value: Tensor) -> Tensor:
@@ -491,8 +517,12 @@ def _own(path: Path) -> bool:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    size = path.stat().st_size
+    digest, buffer = hashlib.sha256(), bytearray(min(size + 1, 2**22))  # large, to ask for the interpreter seldom
+    with path.open("rb", buffering=0) as file:
+        while number := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:number])
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def _sync(path: Path) -> None:
