@@ -310,7 +310,7 @@ def test_batches_that_cannot_be_divided(mixed):
     with pytest.raises(ValueError, match=r"micro_batch_size=2 must .*whole lanes \(trainer.lanes=8\): .* \[4\]"):
         divided(Layout("ddp", 2, 4), 32, 2, lanes=8)
     with pytest.raises(
-        ValueError, match=r"trainer.lanes=4 must .* multiple of its 8 ranks: choose one of \[8, 16, 32\]"
+        ValueError, match=r"trainer.lanes=4 must .* of its 8 ranks: choose one of \[8, 16, 32\]"
     ):
         divided(Layout("ddp", 2, 4), 32, None, lanes=4)
     with pytest.raises(ValueError, match="tensor_parallel_size=8 must divide the 4 heads"):
