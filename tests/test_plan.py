@@ -309,9 +309,7 @@ def test_batches_that_cannot_be_divided(mixed):
         divided(Layout("ddp", 2, 4), 32, 3)
     with pytest.raises(ValueError, match=r"micro_batch_size=2 must .*whole lanes \(trainer.lanes=8\): .* \[4\]"):
         divided(Layout("ddp", 2, 4), 32, 2, lanes=8)
-    with pytest.raises(
-        ValueError, match=r"trainer.lanes=4 must .* of its 8 ranks: choose one of \[8, 16, 32\]"
-    ):
+    with pytest.raises(ValueError, match=r"trainer.lanes=4 must .* of its 8 ranks: choose one of \[8, 16, 32\]"):
         divided(Layout("ddp", 2, 4), 32, None, lanes=4)
     with pytest.raises(ValueError, match="tensor_parallel_size=8 must divide the 4 heads"):
         planned(mixed, "fsdp", 1, 8, tensor_parallel=8)

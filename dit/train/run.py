@@ -304,6 +304,8 @@ class Run:
                 LambdaCallback(on_train_end=lambda *_: self._finish(module, trainer, recorder, preemption)),
             ],
         )
+        # Lightning would wait for the device at each step to hear whether a signal came; `Preemption` listens.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         share = {"rank": self.strategy.data_rank, "world_size": self.strategy.data_size}
         batches = self.data.batches(options.batch_size, cfg.seed, self.step, lanes=options.lanes, **share)
         with preemption, closing(batches):  # closing ends the data's workers, which leave signals to us

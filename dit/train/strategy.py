@@ -319,23 +319,27 @@ def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 class _Whole(TorchFunctionMode):
-    """Draws into DTensors, and copies into them, as if they were whole: each process makes all and keeps its part.
+    """Draws into tensors as if they were whole and on the CPU: one at a time, of which each process keeps its part.
 
-    So the numbers are those of a single device, while only one tensor at a time is whole.
+    So the numbers are the same on all kinds and numbers of devices.
     """
 
-    FUNCTIONS = ("normal_", "uniform_", "copy_")  # and all of torch.nn.init
+    FUNCTIONS = (Tensor.normal_, Tensor.uniform_, Tensor.copy_)  # and all of torch.nn.init
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         target = args[0] if args else kwargs.get("tensor")
-        draws = getattr(func, "__module__", None) == "torch.nn.init"
-        if not isinstance(target, DTensor) or not (draws or getattr(func, "__name__", "") in self.FUNCTIONS):
+        changes = getattr(func, "__module__", None) == "torch.nn.init" or func in self.FUNCTIONS
+        elsewhere = isinstance(target, DTensor) or (isinstance(target, Tensor) and target.device.type != "cpu")
+        if not (changes and elsewhere):
             return func(*args, **kwargs)
         whole = torch.empty(target.shape, dtype=target.dtype)
         if args:
             func(whole, *args[1:], **kwargs)
         else:
             func(**{**kwargs, "tensor": whole})
-        target.to_local().copy_(local_part(whole, target))
+        if isinstance(target, DTensor):
+            target.to_local().copy_(local_part(whole, target))
+        else:
+            target.copy_(whole)
         return target

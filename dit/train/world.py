@@ -26,12 +26,14 @@ class World:
     """
 
     def __init__(self) -> None:
-        env = _environment()
         try:
+            env = _environment()
             self.rank, self.size = int(env["RANK"]), int(env["WORLD_SIZE"])
             self.local_rank, self.local_size = int(env["LOCAL_RANK"]), int(env["LOCAL_WORLD_SIZE"])
+            if not (0 <= self.rank < self.size and 0 <= self.local_rank < self.local_size):
+                raise ValueError(f"rank {self.rank} of {self.size}, locally {self.local_rank} of {self.local_size}")
         except (KeyError, ValueError) as error:
-            raise ValueError(f"the launcher's environment is not complete: {error}; use torchrun or srun") from None
+            raise ValueError(f"the launcher's environment makes no sense ({error}): use torchrun or srun") from None
         self._address = env.get("MASTER_ADDR", "127.0.0.1"), env.get("MASTER_PORT", "29500")
         self._joined = False
 
