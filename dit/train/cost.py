@@ -19,15 +19,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from dit.train import tensor_parallel
 from dit.train.build import Parts, build
 from dit.train.execution import arrange
+from dit.train.tensor_parallel import check, units_of
 
 # How tensor parallelism splits the linear layers of a unit, by their names in it: 0 the rows of the weight, which are
 # outputs, 1 its columns, which are inputs. The sum over the ranks of what the latter give is the layer's output.
-SPLIT = {
-    **{"attn.qkv": 0, "attn.proj": 1, "mlp.fc1": 0, "mlp.fc2": 1, "mlp.w12": 0, "mlp.w3": 1},
-    **{"cross_attn.q_linear": 0, "cross_attn.kv_linear": 0, "cross_attn.proj": 1},
-}
+SPLIT = dict.fromkeys(tensor_parallel.COLUMNS, 0) | dict.fromkeys(tensor_parallel.ROWS, 1)
 
 
 class States(NamedTuple):
@@ -121,31 +120,24 @@ def shard(shape: Sequence[int], shards: int, flat: bool = False) -> tuple[int, .
     return (-(-shape[0] // shards), *shape[1:])
 
 
-def split(parts: Parts, tensor_parallel: int) -> Any:
-    """The network on the meta device; with tensor parallelism what the first rank has of it.
+def split(parts: Parts, size: int) -> Any:
+    """The network on the meta device; with tensor parallelism of a size what the first rank has of it.
 
     Raises:
         ValueError: if it cannot be split so.
     """
     network: Any = parts.denoiser("meta").network
-    if tensor_parallel == 1:
+    if size == 1:
         return network
-    option = f"trainer.tensor_parallel_size={tensor_parallel}"
-    units = [module for module in network.modules() if isinstance(module, network.units)]
-    if not any(name in SPLIT for unit in units for name, _ in unit.named_modules()):
-        raise ValueError(f"{option}: {type(network).__name__} has no layers that are split so, as a DiT has: choose 1")
-    for unit in units:
+    check(network, size)
+    for unit in units_of(network):
         for name, layer in unit.named_modules():
             if (heads := getattr(layer, "num_heads", None)) is not None:
-                if heads % tensor_parallel:
-                    raise ValueError(f"{option} must divide the {heads} heads of model.num_heads")
-                layer.num_heads = heads // tensor_parallel
+                layer.num_heads = heads // size
             if (dim := SPLIT.get(name)) is None:
                 continue
             sizes = list(layer.weight.shape)
-            if sizes[dim] % tensor_parallel:
-                raise ValueError(f"{option} must divide the width {sizes[dim]} of {name}: choose another")
-            sizes[dim] //= tensor_parallel
+            sizes[dim] //= size
             layer.weight = nn.Parameter(layer.weight.new_empty(sizes))
             if dim == 0 and layer.bias is not None:
                 layer.bias = nn.Parameter(layer.bias.new_empty(sizes[:1]))

@@ -29,7 +29,7 @@ def check(network: nn.Module, size: int) -> None:
     Raises:
         ValueError: if not, with the way out.
     """
-    units = _units(network)
+    units = units_of(network)
     known = {name for unit in units for name, _ in unit.named_modules()}
     if not known & set(COLUMNS):
         raise ValueError(
@@ -59,7 +59,7 @@ def divide(network: nn.Module, mesh: DeviceMesh) -> dict[str, int]:
     """
     stacked: dict[str, int] = {}
     names = {module: name for name, module in network.named_modules()}
-    for unit in _units(network):
+    for unit in units_of(network):
         plan: dict[str, ParallelStyle] = {}
         for name, module in unit.named_modules():
             if name in COLUMNS:
@@ -81,6 +81,7 @@ def order(rows: int, matrices: int, size: int) -> torch.Tensor:
     return torch.arange(rows).view(matrices, size, -1).transpose(0, 1).flatten()
 
 
-def _units(network: nn.Module) -> list[Any]:
+def units_of(network: nn.Module) -> list[Any]:
+    """The modules that a network names its units."""
     units: Any = getattr(network, "units", ())
     return [module for module in network.modules() if isinstance(module, units)]
