@@ -5,9 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from PIL import Image
 from together import copied, differences, lines, train_together, weights
 
 from dit.command.compose import compose
@@ -66,6 +69,7 @@ def double(recipe, single):
         "bf16-ddp": recipe("bf16-ddp", "trainer=ddp", "trainer.precision=bf16-mixed"),
         "bf16-fsdp": recipe("bf16-fsdp", "trainer=fsdp", "trainer.precision=bf16-mixed"),
         "bf16-zero2": recipe("bf16-zero2", "trainer=zero2", "trainer.precision=bf16-mixed"),
+        "offload": recipe("offload", "trainer=zero1", "trainer.offload=true"),
         **{f"parts-{name}": recipe(f"parts-{name}", f"trainer={name}", *parts, steps=8) for name in ACCUMULATED},
     }
     from_one = {
@@ -79,10 +83,16 @@ def close(found, tolerance):
     return all(found[key] <= tolerance[key] for key in tolerance)
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", [*STRATEGIES, "offload"])
 def test_two_processes_give_the_numbers_of_one(single, double, name):
-    found = differences(double.whole[name], single.whole)
+    run = {**double.whole, **double.more}[name]
+    found = differences(run, single.whole)
     assert close(found, FP32), found
+    pictures = [Path(cfg.runs_dir) / cfg.run / "samples" for cfg in (run, single.whole)]
+    assert [path.name for path in sorted(pictures[0].iterdir())] == [f"step-{n:08d}.png" for n in (12, 24, 30)]
+    for path in sorted(pictures[1].iterdir()):
+        ours, theirs = (np.asarray(Image.open(folder / path.name), int) for folder in pictures)
+        assert np.abs(ours - theirs).max() <= 1, path.name
     assert lines(single.whole)[0]["loss"] > 1.1 * lines(single.whole)[-1]["loss"]  # there was something to learn
 
 
@@ -110,7 +120,9 @@ def test_two_processes_go_on_from_one(single, double, name):
 
 
 def test_one_process_goes_on_from_two(single, double, recipe):
-    runs = {name: recipe(copied(double.half[name], f"to-one-{name}"), "trainer=cpu") for name in STRATEGIES}
+    """And has to take its batch in parts."""
+    parts = ["trainer=cpu", "trainer.micro_batch_size=16"]
+    runs = {name: recipe(copied(double.half[name], f"to-one-{name}"), *parts) for name in STRATEGIES}
     assert train_together(runs.values(), 1) == 0
     for name, run in runs.items():
         found = differences(run, single.whole)
@@ -219,8 +231,6 @@ def command(cfg, *launcher, **env):
 
 
 def wait_for_line(cfg, number, process):
-    from pathlib import Path
-
     path = Path(cfg.runs_dir) / cfg.run / "metrics.jsonl"
     while process.poll() is None and not (path.exists() and len(path.read_text().splitlines()) >= number):
         time.sleep(0.01)

@@ -193,13 +193,18 @@ def test_a_run_trains_in_the_latent_space(config, vae, capsys):
 def test_moments_of_shards_give_the_same_z_as_encoding_on_the_fly(config, vae, precision):
     from dit.train.build import Parts, build
     from dit.train.module import DiffusionModule
+    from dit.train.strategy import Strategy
+    from dit.train.world import World
 
     cfg = config("latent=sd_vae", f"latent.name={vae}", *IN_LATENTS, "run=x")
     parts = Parts(cfg)
     latent = parts.latent()
     makers = [build(cfg[name]) for name in ("optimizer", "learning_rate", "ema")]
     options = {"seed": 3, "lanes": 4, "num_micro_batches": 2}
-    module = DiffusionModule(parts.denoiser, build(cfg.objective), parts.condition, latent, *makers, **options)
+    strategy = Strategy(cfg.trainer, World(), torch.device("cpu"))
+    module = DiffusionModule(
+        parts.denoiser, strategy, build(cfg.objective), parts.condition, latent, *makers, **options
+    )
     module.step = 5
     images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
     common = {"key": [str(i) for i in range(8)], "label": torch.zeros(8, dtype=torch.long)}

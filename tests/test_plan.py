@@ -21,7 +21,7 @@ from dit.command.compose import ConfigError, compose
 from dit.train.build import Parts
 from dit.train.cost import inputs_of, memory, shard
 from dit.train.hardware import HARDWARE, hardware
-from dit.train.layout import Layout, check, divided, layout_of
+from dit.train.layout import Layout, assumed_layout, check, divided
 from dit.train.plan import Plan, Planner, Traffic, ring
 
 TOOLS = Path(__file__).parents[1] / "tools"
@@ -320,10 +320,10 @@ def test_batches_that_cannot_be_divided(mixed):
 
 def test_what_is_assumed_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    layout, words = layout_of(compose("doctor", ["trainer=fsdp"]).trainer)
+    layout, words = assumed_layout(compose("doctor", ["trainer=fsdp"]).trainer)
     assert (layout.nodes, layout.gpus) == (1, 8) and "trainer.devices=auto: 8 assumed" in words
-    assert layout_of(compose("doctor", ["trainer=ddp", "trainer.nodes=2", "trainer.devices=4"]).trainer)[1] == ""
-    assert layout_of(compose("doctor", []).trainer) == (Layout(), "")
+    assert assumed_layout(compose("doctor", ["trainer=ddp", "trainer.nodes=2", "trainer.devices=4"]).trainer)[1] == ""
+    assert assumed_layout(compose("doctor", []).trainer) == (Layout(), "")
 
 
 def test_a_dry_run_of_the_canonical_recipe(tmp_path):

@@ -333,7 +333,8 @@ def test_a_run_begins_with_the_weights_it_is_given(config, tmp_path):
     before = [json.loads(line)["loss"] for line in (first.folder / "metrics.jsonl").read_text().splitlines()]
     [loss] = [json.loads(line)["loss"] for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert loss != before[0]
-    fresh = Run(config("run=fresh", *init))._denoiser().network.state_dict()
+    begun = Run(config("run=fresh", *init))
+    fresh = begun.strategy.begin(begun._denoiser(), begun.init, 0).state_dict()
     assert all(torch.equal(value, fresh[name]) for name, value in denoiser.network.state_dict().items())
     (tmp_path / "tiny.pt").unlink()  # what goes on needs it no more
     assert Run(config("run=second", *init, "trainer.max_steps=2")).fit() is None

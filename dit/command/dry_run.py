@@ -8,7 +8,7 @@ from dit.train.checked import build_trained, checked
 from dit.train.devices import settled
 from dit.train.hardware import HARDWARE, Hardware
 from dit.train.kind import autoencodes
-from dit.train.layout import layout_of
+from dit.train.layout import assumed_layout
 from dit.train.plan import EFFICIENCY, OVERLAP, REST, Plan, Planner
 
 
@@ -19,7 +19,7 @@ def report(cfg: DictConfig) -> str:
         ValueError: if the configuration does not do, with the way out.
     """
     cfg = settled(cfg)
-    layout, assumed = layout_of(cfg.trainer)
+    layout, assumed = assumed_layout(cfg.trainer)
     _, parts, _, denoiser, _, _ = checked(cfg, layout)
     for node in (cfg.logger, cfg.metric, cfg.learning_rate):
         build(node)

@@ -1,6 +1,8 @@
 """What happens beside the training step: lines of metrics, previews, checkpoints."""
 
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +19,7 @@ from dit.data.image import encode_png, grid
 from dit.train import checkpoint
 from dit.train.checkpoint import Saver
 from dit.train.module import DiffusionModule
-from dit.train.preemption import Preemption
+from dit.train.preemption import EXIT_CODES, Preemption
 from dit.train.tracker import WandB
 from dit.train.world import World
 
@@ -57,6 +59,7 @@ class Recorder(Callback):
         self.num_losses = 0
         self.total_images = 0
         self.total_seconds = 0.0
+        self._failed = False
 
     def state(self) -> dict[str, Any]:
         """What is already summed of the next line, averaged over processes, all of which must ask."""
@@ -70,7 +73,7 @@ class Recorder(Callback):
     def rewind(self, step: int) -> None:
         """Drop the lines after a step, which will be written again."""
         if self.path.exists() and self.world.is_first:
-            whole = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            whole = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
             kept = [line for line in whole if json.loads(line)["step"] <= step]
             partial = self.path.with_suffix(".tmp")
             partial.write_text("".join(kept))
@@ -119,8 +122,8 @@ class Recorder(Callback):
         self.last |= {"images_per_second": round(rate, 1), **self.beside()}
         if not self.world.is_first:
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps(self.last) + "\n")
+        with self.forgiven():
+            self._append(json.dumps(self.last) + "\n")
         if self.tracker:
             self.tracker.log(self.last)
 
@@ -131,6 +134,26 @@ class Recorder(Callback):
             print(f"\r\033[K{line}", end="" if step < self.max_steps else "\n", flush=True)
         else:
             print(line, flush=True)
+
+    def _append(self, line: str) -> None:
+        """Write a line, after the end of one that a full disk has cut."""
+        with self.path.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else f"\n{line}"
+            file.write(line.encode())
+
+    @contextmanager
+    def forgiven(self) -> Iterator[None]:
+        """What cannot be written within, as on a full disk, is said once and left out; training goes on."""
+        try:
+            yield
+        except OSError as error:
+            if not self._failed:
+                print(f"dit: WARNING: {error}; lines and pictures are left out until there is room", flush=True)
+            self._failed = True
+        else:
+            self._failed = False
 
 
 class Preview(Callback):
@@ -162,9 +185,10 @@ class Preview(Callback):
                 if not self.recorder.world.is_first:
                     return
                 path = self.folder / f"step-{step:08d}.png"
-                path.write_bytes(encode_png(grid(images, self.columns)))
-                if self.recorder.tracker:
-                    self.recorder.tracker.image("preview", path, step)
+                with self.recorder.forgiven():
+                    path.write_bytes(encode_png(grid(images, self.columns)))
+                    if self.recorder.tracker:
+                        self.recorder.tracker.image("preview", path, step)
 
 
 class Checkpoints(Callback):
@@ -207,6 +231,8 @@ class Checkpoints(Callback):
             Saver, root, data=data, keep=keep, keep_every_steps=keep_every_steps, asynchronous=asynchronous
         )
         self._snapshooter = partial(Saver, root.parent / "snapshots", data=data, keep=None, asynchronous=asynchronous)
+        self.saver: Saver | None = None
+        self.snapshooter: Saver | None = None
         self._checked = False
 
     def on_train_start(self, trainer: Trainer, pl_module: DiffusionModule) -> None:  # type: ignore[override]
@@ -232,21 +258,28 @@ class Checkpoints(Callback):
             pl_module.strategy.saved(pl_module)
             self._checked = True
         step = pl_module.step
-        self.preemption.exit_code = self.recorder.world.most(self.preemption.exit_code or 0) or None
-        stop = self.preemption.exit_code is not None
+        if stop := self.recorder.world.most(self.preemption.exit_code or 0) > 0:  # in one process at least
+            self.preemption.exit_code = self.preemption.exit_code or EXIT_CODES[signal.SIGTERM]
         last = stop or step == self.recorder.max_steps
         with self.recorder.paused():
             if self.snapshooter and self.snapshot_every_steps and step % self.snapshot_every_steps == 0:
                 self.snapshooter.save(step, pl_module.strategy.saved(pl_module, averages_only=True), {"step": step})
             if last or step % self.every_steps == 0:
                 state = {"step": step, "recorder": self.recorder.state()}
+                assert self.saver
                 self.saver.save(step, pl_module.strategy.saved(pl_module), state, wait=last)
             if last and self.snapshooter:
                 self.snapshooter.wait()
         trainer.should_stop = stop
 
+    def close(self) -> None:
+        """Wait for what is being written."""
+        for saver in (self.saver, self.snapshooter):
+            if saver:
+                saver.wait()
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what checkpoints have cost."""
-        if self.saver.rank == 0:
+        if self.saver and self.saver.rank == 0:
             seconds = self.saver.stall_seconds + (self.snapshooter.stall_seconds if self.snapshooter else 0)
             print(f"dit: checkpoints held training up for {seconds:.1f} s in all", flush=True)

@@ -21,7 +21,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -44,6 +44,7 @@ from torch.futures import Future
 
 from dit import __version__
 from dit.train.untrusted import Reader
+from dit.weights.export import sync
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -99,6 +100,8 @@ class Saver:
         keep_every_steps: int | None = None,
         asynchronous: bool = True,
     ):
+        # torch would hold the interpreter, and so training, to compute it; the sha256 of the file says more.
+        torch.serialization.set_crc32_options(False)
         self.root = root
         self.data = data
         self.keep = keep
@@ -194,10 +197,7 @@ class Saver:
         """Write and commit; what goes wrong, on whichever rank, is the problem of all."""
         final = self.root / f"step-{step:08d}"
         partial = final.with_suffix(".tmp")
-        crc32 = torch.serialization.get_crc32_options()
         try:
-            # torch would hold the interpreter, and so training, for it; the sha256 of the file says more.
-            torch.serialization.set_crc32_options(False)
             if self._agreed(lambda: self.rank == 0 and _begun(partial, final))[0]:
                 dcp.save(
                     parts,
@@ -225,8 +225,6 @@ class Saver:
             if self.problem and self.rank == 0:
                 print(f"dit: checkpoints are written again, {final}", flush=True)
             self.problem = None
-        finally:
-            torch.serialization.set_crc32_options(crc32)
 
     def _agreed(self, function: Callable[[], Any]) -> list[Any]:
         """What a function returns on each rank; where it fails on one, it fails on all."""
@@ -251,7 +249,7 @@ class Saver:
             (partial / STATE).write_text(state)
             own += [partial / STATE, partial / METADATA]
         for path in own:
-            _sync(path)
+            sync(path)
         return {path.name: _fingerprint(path) for path in own}
 
     def _commit(self, partial: Path, final: Path, files: Mapping[str, Any]) -> None:
@@ -264,17 +262,17 @@ class Saver:
             "files": dict(sorted(files.items())),
         }
         (partial / MANIFEST).write_text(_sealed(manifest))
-        _sync(partial / MANIFEST)
-        _sync(partial)
+        sync(partial / MANIFEST)
+        sync(partial)
         pointer = _pointer(final)  # while the disk may still be full without harm
         partial.rename(final)
-        _sync(self.root)
+        sync(self.root)
         pointer.replace(self.root / LATEST)
-        _sync(self.root)
+        sync(self.root)
         if self.keep is not None:
             for old in committed(self.root)[: -self.keep]:
                 if not self.keep_every_steps or step_of(old) % self.keep_every_steps:
-                    shutil.rmtree(old.rename(old.with_suffix(".tmp")))  # never half there under its own name
+                    _removed(old)
 
 
 class _Planner(DefaultSavePlanner):
@@ -452,8 +450,16 @@ def _pointer(path: Path) -> Path:
     """What is to replace `latest`, for it to name a checkpoint."""
     pointer = path.parent / f"{LATEST}.tmp"
     pointer.write_text(f"{path.name}\n")
-    _sync(pointer)
+    sync(pointer)
     return pointer
+
+
+def _removed(path: Path) -> None:
+    """Remove an old checkpoint, which is never half there under its own name; one that stays does no harm."""
+    aside = path.with_suffix(".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    with suppress(OSError):
+        shutil.rmtree(path.rename(aside))
 
 
 def _put_aside(path: Path) -> None:
@@ -523,11 +529,3 @@ def _fingerprint(path: Path) -> dict[str, Any]:
         while number := file.readinto(buffer):
             digest.update(memoryview(buffer)[:number])
     return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -68,7 +68,10 @@ def layout_of(options: DictConfig, world: World) -> Layout:
             "many, or leave trainer.devices=auto"
         )
     if options.accelerator == "gpu" and world.local_size > torch.cuda.device_count():
-        raise ValueError(f"{world.local_size} processes on a node with {torch.cuda.device_count()} GPUs: start as many")
+        raise ValueError(
+            f"{world.local_size} processes on a node, each of which sees {torch.cuda.device_count()} GPUs: start one "
+            "for each GPU, and let each see all of the node (srun --gpus-per-node, not --gpus-per-task)"
+        )
     sizes = (world.num_nodes, world.local_size)
     layout = Layout(options.strategy, *sizes, options.shard, options.tensor_parallel_size, options.offload)
     check(layout)

@@ -13,7 +13,10 @@ from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any
 
+from dit.train.preemption import EXIT_CODES
+
 GRACE_SECONDS = 20.0  # for the others to end by themselves once one has failed
+STOP_SECONDS = 600.0  # and once one has been stopped by a signal, as all are, and has ended before the others
 
 
 def launch(work: Callable[[Any], int], argument: Any, num_processes: int) -> int:
@@ -69,7 +72,8 @@ def _first_code(processes: Sequence[BaseProcess]) -> int:
             running.remove(process)
             ended = process.exitcode or 0
             if ended and not code:
-                code, until = (ended if ended > 0 else 128 - ended), time.monotonic() + GRACE_SECONDS
+                code = ended if ended > 0 else 128 - ended
+                until = time.monotonic() + (STOP_SECONDS if code in EXIT_CODES.values() else GRACE_SECONDS)
                 if ended < 0:
                     name = signal.Signals(-ended).name
                     print(f"dit: the process of rank {processes.index(process)} was ended by {name}", file=sys.stderr)

@@ -46,7 +46,7 @@ class Layout(NamedTuple):
         return name + (f"+tp{self.tensor_parallel}" if self.tensor_parallel > 1 else "")
 
 
-def layout_of(trainer: DictConfig) -> tuple[Layout, str]:
+def assumed_layout(trainer: DictConfig) -> tuple[Layout, str]:
     """What a configuration's trainer says, and in words what had to be assumed.
 
     Raises:

@@ -15,15 +15,11 @@ from dit.train.build import Parts
 from dit.train.cost import SPLIT, Memory, Passes, multiply_adds, passes, shard, split, states
 from dit.train.hardware import Hardware
 from dit.train.layout import Layout, check, divided
-from dit.train.zero import BUCKET
+from dit.train.zero import AHEAD, BUCKET, LIVE, PERSISTENT
 
 # Until they are measured on the machine in question:
 EFFICIENCY = 0.4  # of the peak that matrix products reach, everything around them counted in
 OVERLAP = 0.8  # of the time of computing in which communication can hide, where a strategy lets it
-
-# DeepSpeed's defaults, in numbers, not bytes.
-PERSISTENT = 100_000  # smaller parameters are never partitioned by ZeRO-3
-LIVE = 1_050_000_000  # gathered parameters that ZeRO-3 keeps, in case they are needed again, and fetches ahead
 
 
 REST = "the rest"  # what is in no unit
@@ -240,7 +236,9 @@ class Planner:
         )
         if layout.offload:  # with gradients, and room for the parameters that it gives
             host += state + 8 * own_trained
-        memory = memory._replace(gathered=4 * (min(BUCKET, numbers) + (min(LIVE, numbers) if stage == 3 else 0)))
+        memory = memory._replace(
+            gathered=4 * (min(BUCKET, numbers) + (min(LIVE + AHEAD, numbers) if stage == 3 else 0))
+        )
         gathers = 2 * number * numbers if stage == 3 else trained
         reductions = 1 if stage == 1 else number
         traffic = [

@@ -3,9 +3,10 @@
 import signal
 
 import lightning.pytorch  # noqa: F401
+import torch
 import torch.distributed.checkpoint
 import torch.distributed.fsdp
-import torch.distributed.tensor.parallel  # noqa: F401
+import torch.distributed.tensor.parallel
 
 import dit.train.callbacks
 import dit.train.module
@@ -13,3 +14,4 @@ import dit.train.run  # noqa: F401
 
 for signum in (signal.SIGINT, signal.SIGTERM):
     signal.signal(signum, signal.SIG_IGN)
+assert not torch.cuda.is_initialized(), "a process that has used a GPU cannot be forked"

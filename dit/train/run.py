@@ -214,8 +214,7 @@ class Run:
         """Make room for what the run leaves."""
         for name in ("samples", "checkpoints"):
             (self.folder / name).mkdir(exist_ok=True)
-        if self.resume_from:
-            checkpoint.clean(self.folder / "checkpoints", self.resume_from)
+        checkpoint.clean(self.folder / "checkpoints", self.resume_from)
         _write(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.resolved)))
 
     def _train(self) -> int | None:
@@ -232,7 +231,8 @@ class Run:
         )  # Lightning's, of no use to anyone here
         cfg, options = self.cfg, self.cfg.trainer
         if options.accelerator == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # leave the data's workers their cores
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - self.data.num_workers))
+            cores = len(os.sched_getaffinity(0)) // self.world.local_size
+            torch.set_num_threads(max(1, cores - self.data.num_workers))
         module = DiffusionModule(
             self._denoiser,
             self.strategy,
@@ -308,7 +308,8 @@ class Run:
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         share = {"rank": self.strategy.data_rank, "world_size": self.strategy.data_size}
         batches = self.data.batches(options.batch_size, cfg.seed, self.step, lanes=options.lanes, **share)
-        with preemption, closing(batches):  # closing ends the data's workers, which leave signals to us
+        # Closing ends the data's workers, which leave signals to us, and a save that is under way.
+        with preemption, closing(checkpoints), closing(batches):
             trainer.fit(module, itertools.islice(batches, options.max_steps - self.step))
         return preemption.exit_code if module.step < options.max_steps else None
 
@@ -323,8 +324,8 @@ class Run:
         return {"strategy": together, "plugins": [TorchElasticEnvironment()], "use_distributed_sampler": False}
 
     def _replaced(self) -> dict[str, int]:
-        """Samples that could not be used, of all processes."""
-        number = self.world.total(self.data.replaced)
+        """Samples that could not be used, of all processes; some of these may see the same."""
+        number = self.world.total(self.data.replaced) // self.layout.tensor_parallel
         return {"replaced": number} if number else {}
 
     def _preview_of(self, columns: int) -> Samples:
@@ -339,7 +340,7 @@ class Run:
         module.denoiser.eval()
         # Compiled units would be compiled anew for each size of a batch.
         eager = torch.compiler.set_stance("force_eager") if self.cfg.trainer.compile else nullcontext()
-        with trainer.precision_plugin.forward_context(), module.ema.applied(), eager:
+        with trainer.precision_plugin.forward_context(), module.strategy.lent(module), eager:
             yield
         module.denoiser.train()
 

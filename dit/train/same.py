@@ -23,16 +23,19 @@ FREE |= {"init"}
 FREE |= {"ema.device", "ema.snapshot_every_steps"}
 FREE |= {"ema.profiles.ema.decay", "ema.profiles.ema.warmup"}  # which repeat ema.decay and ema.warmup
 FREE |= {"condition.name"}  # of a text encoder, which may move; its width is checked
-FIXED = {f"trainer.{name}" for name in ("batch_size", "micro_batch_size", "lanes", "precision", "max_grad_norm")}
+FIXED = {f"trainer.{name}" for name in ("batch_size", "lanes", "precision", "max_grad_norm")}
 
 
 def differences(before: Any, now: Any) -> list[str]:
     """What a configuration has otherwise than before, of what decides a run's numbers; each as "key=new, was old"."""
     before, now = _flat(before), _flat(now)
+    # A key that only one version knows changes nothing, but an average that came later has no beginning.
+    compared = before.keys() & now.keys()
+    compared |= {key for key in before.keys() ^ now.keys() if key.startswith("ema.profiles.")}
     return [
-        f"{key}={now[key]}, was {before[key]}"
-        for key in sorted(before.keys() & now.keys())  # a key that only one version knows changes nothing
-        if before[key] != now[key] and (key in FIXED or not {key, key.split(".")[0]} & FREE)
+        f"{key}={now.get(key)}, was {before.get(key)}"
+        for key in sorted(compared)
+        if before.get(key) != now.get(key) and (key in FIXED or not {key, key.split(".")[0]} & FREE)
     ]
 
 

@@ -8,6 +8,7 @@ checkpointing, compile, shard, and only then numbers, so that no device ever hol
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,12 @@ class Strategy:
         """What a moving average follows: this process's parts of the parameters, by name."""
         return dict(network.named_parameters())
 
+    @contextmanager
+    def lent(self, module: Any) -> Iterator[None]:
+        """For the length of a `with`, the module's network has the averaged weights."""
+        with module.ema.applied():
+            yield
+
     def saved(self, module: Any, averages_only: bool = False) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds, by group and name, in neutral form: plain tensors, or DTensors.
 
@@ -222,12 +229,7 @@ class Strategy:
         for network, optimizer in self.optimizers.items():
             names = self._names(module, network)
             state = {f"{names[p]}/{key}": value for p, kept in optimizer.state.items() for key, value in kept.items()}
-            for name, value in state.items():
-                if not isinstance(value, Tensor):
-                    raise ValueError(
-                        f"the optimizer keeps {name}={value!r}, which is no tensor and cannot be saved: choose another "
-                        "one, like torch.optim.AdamW"
-                    )
+            check_state(state)
             held[group_of(network)] = state
         return held
 
@@ -258,6 +260,20 @@ class Strategy:
             else:  # counts of steps are where torch makes them
                 device = p.device if key != "step" or on_device else torch.device("cpu")
                 optimizer.state[p][key] = torch.zeros_like(like, device=device)
+
+
+def check_state(state: Mapping[str, Any]) -> None:
+    """See that an optimizer's state can be saved.
+
+    Raises:
+        ValueError: if it has what is no tensor.
+    """
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"the optimizer keeps {name}={value!r}, which is no tensor and cannot be saved: choose another one, "
+                "like torch.optim.AdamW"
+            )
 
 
 def by_layout(parameters: Sequence[Tensor]) -> list[dict[str, list[Tensor]]]:
@@ -333,7 +349,7 @@ class _Whole(TorchFunctionMode):
         elsewhere = isinstance(target, DTensor) or (isinstance(target, Tensor) and target.device.type != "cpu")
         if not (changes and elsewhere):
             return func(*args, **kwargs)
-        whole = torch.empty(target.shape, dtype=target.dtype)
+        whole = torch.empty(target.shape, dtype=target.dtype, device="cpu")
         if args:
             func(whole, *args[1:], **kwargs)
         else:

@@ -1,7 +1,8 @@
 """Tensor parallelism of the DiT's blocks: each device has some of the heads and some of the MLP's width.
 
 Queries, keys, values and the first MLP layers are divided by columns, the layers behind them by rows, so that a block
-talks twice forward and twice backward (arXiv:1909.08053, section 3). Everything else is the same on all devices.
+talks twice forward and twice backward (arXiv:1909.08053, section 3). Everything else is the same on all devices, of
+which each computes it: where kernels of a GPU are not deterministic, such copies may come to differ in their last bits.
 """
 
 from typing import Any
@@ -17,10 +18,11 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+# Layers by their names in a block; of those divided by columns, how many matrices stand one above the other; of norms,
+# the dimension of the heads in what they are given.
 COLUMNS = {"attn.qkv": 3, "mlp.fc1": 1, "mlp.w12": 2, "cross_attn.q_linear": 1, "cross_attn.kv_linear": 2}
 ROWS = ("attn.proj", "mlp.fc2", "mlp.w3", "cross_attn.proj")
-HEADS = {"attn.q_norm": 1, "attn.k_norm": 1}  # dimension of the heads in what they are given
-"""Layers by their names in a block; for those divided by columns, how many matrices stand one above the other."""
+HEADS = {"attn.q_norm": 1, "attn.k_norm": 1}
 
 
 def check(network: nn.Module, size: int) -> None:

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -35,6 +36,7 @@ class World:
         except (KeyError, ValueError) as error:
             raise ValueError(f"the launcher's environment makes no sense ({error}): use torchrun or srun") from None
         self._address = env.get("MASTER_ADDR", "127.0.0.1"), env.get("MASTER_PORT", "29500")
+        self._patient: Any = None
         self._joined = False
 
     @property
@@ -77,6 +79,8 @@ class World:
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1
             )
+        # What only the first process does may take long, such as to pack data; a step may not.
+        self._patient = dist.new_group(backend="gloo", timeout=timedelta(hours=12)) if self.size > 1 else None
         self._joined = True
 
     def leave(self) -> None:
@@ -100,7 +104,7 @@ class World:
                 answer[0] = function()
             except Exception as error:
                 failed, answer[1] = error, getattr(error, "exit_code", 2 if isinstance(error, ValueError) else 1)
-        dist.broadcast_object_list(answer, device=torch.device("cpu"))
+        dist.broadcast_object_list(answer, device=torch.device("cpu"), group=self._patient)
         if failed is not None:
             raise failed
         if answer[1] is not None:

@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dit.train import checkpoint
-from dit.train.strategy import Strategy
+from dit.train.strategy import Strategy, check_state
 from dit.train.world import World
 
-BUCKET = 200_000_000  # numbers of gradients that are summed at a time; DeepSpeed makes room for all of them
+# In numbers, not bytes:
+BUCKET = 200_000_000  # of gradients that are summed at a time; DeepSpeed makes room for all of them
+PERSISTENT = 100_000  # smaller parameters are never partitioned in stage 3
+LIVE = 1_000_000_000  # gathered parameters that stage 3 keeps, in case they are needed again
+AHEAD = 50_000_000  # and fetches before they are
 
 
 class Zero(Strategy):
@@ -56,10 +61,15 @@ class Zero(Strategy):
                 f"trainer.strategy={options.strategy}: DeepSpeed knows the network's weights alone, but the objective "
                 "learns some of its own; choose trainer=ddp or trainer=fsdp"
             )
+        if options.strategy == "zero3" and hasattr(denoiser.network, "encode"):
+            raise ValueError(
+                "trainer.strategy=zero3: DeepSpeed gathers weights for a network's forward, but an autoencoder is used "
+                "by its halves; choose trainer=ddp or trainer=zero2"
+            )
 
     @property
     def birthplace(self) -> torch.device:
-        """The CPU, from where DeepSpeed takes parameter by parameter."""
+        """The CPU: DeepSpeed divides what was whole, so that in stage 3, too, each device once holds all weights."""
         return torch.device("cpu")
 
     def start(
@@ -76,6 +86,9 @@ class Zero(Strategy):
             "zero_force_ds_cpu_optimizer": False,
             "zero_optimization": {
                 "stage": self.stage,
+                "stage3_param_persistence_threshold": PERSISTENT,
+                "stage3_max_live_parameters": LIVE,
+                "stage3_prefetch_bucket_size": AHEAD,
                 "reduce_bucket_size": min(BUCKET, sum(p.numel() for p in denoiser.network.parameters())),
                 **(offload if self.options.offload else {}),
             },
@@ -102,6 +115,18 @@ class Zero(Strategy):
         self._engine.step()
         return torch.as_tensor(float(self._engine.get_global_grad_norm()))
 
+    @contextmanager
+    def lent(self, module: Any) -> Iterator[None]:
+        """For the length of a `with`, the network has the averaged weights, also where parameters stay gathered."""
+        if self.stage < 3:
+            with super().lent(module):
+                yield
+            return
+        self._engine.empty_partition_cache()
+        with super().lent(module):
+            yield
+            self._engine.empty_partition_cache()
+
     def averaged(self, network: nn.Module) -> dict[str, Tensor]:
         """Parameters; in stage 3 this process's partitions of them, (ceil(numel / processes),)."""
         return {name: getattr(p, "ds_tensor", p) for name, p in network.named_parameters()}
@@ -120,6 +145,7 @@ class Zero(Strategy):
         if averages_only:
             return saved if self.world.is_first else {}
         state: dict[str, Tensor] = next(iter(self.optimizers["denoiser"].state.values()), {})
+        check_state(state)
         trained = {name: p for name, p in parameters.items() if p.requires_grad}
         saved["optimizer"] = {
             f"{name}/{key}": value if value.ndim == 0 else self._on_first(get(p, key))

@@ -37,11 +37,11 @@ def native(path: Path, weights: "Mapping[str, Tensor]", config: Mapping[str, Any
     save_file({name: t.clone().contiguous() for name, t in weights.items()}, partial / WEIGHTS, {"format": "pt"})
     (partial / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     for file in (*partial.iterdir(), partial):
-        _sync(file)
+        sync(file)
     if path.exists():
         path.rename(old)
     partial.rename(path)
-    _sync(path.parent)
+    sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -59,7 +59,8 @@ def check_free(path: Path, overwrite: bool) -> None:
         raise ValueError(f"path={path} exists: choose another path, or overwrite=true to replace it")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Return when a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
