@@ -119,7 +119,8 @@ def test_several_optimizers_are_refused_under_zero(digits_dir, tmp_path, strateg
     """Of a discriminator here."""
     overrides = ["experiment=digits_vae", "objective=autoencoding_gan", f"trainer={strategy}", "trainer.devices=1"]
     overrides += [f"runs_dir={tmp_path}", f"data_dir={digits_dir}", f"trainer.dry_run={str(dry).lower()}"]
-    cfg = compose("train", [*overrides, "objective.perceptual=null"])
+    tiny = ["objective.perceptual.pretrained=false", "objective.perceptual.name=test_resnet"]
+    cfg = compose("train", [*overrides, *tiny])
     with pytest.raises(ValueError, match="another for its discriminator; choose trainer=ddp or trainer=fsdp"):
         if dry:
             from dit.command.dry_run import report

@@ -59,6 +59,9 @@ def layout_of(options: DictConfig, world: World) -> Layout:
     Raises:
         ValueError: if they are not those that are asked for, or cannot share it so.
     """
+    sizes = (world.num_nodes, world.local_size)
+    layout = Layout(options.strategy, *sizes, options.shard, options.tensor_parallel_size, options.offload)
+    check(layout)
     if options.nodes not in ("auto", world.num_nodes):
         way_out = "start it on them by srun or torchrun" if options.nodes > world.num_nodes else "leave it at auto"
         raise ValueError(f"trainer.nodes={options.nodes}, but it was started on {world.num_nodes}: {way_out}")
@@ -72,9 +75,6 @@ def layout_of(options: DictConfig, world: World) -> Layout:
             f"{world.local_size} processes on a node, each of which sees {torch.cuda.device_count()} GPUs: start one "
             "for each GPU, and let each see all of the node (srun --gpus-per-node, not --gpus-per-task)"
         )
-    sizes = (world.num_nodes, world.local_size)
-    layout = Layout(options.strategy, *sizes, options.shard, options.tensor_parallel_size, options.offload)
-    check(layout)
     return layout
 
 
