@@ -21,7 +21,6 @@ FP32 = {"loss": 1e-5, "grad_norm": 1e-5, "ema": 1e-5, "model": 2e-5, "optimizer"
 BF16 = {"loss": 2e-3, "grad_norm": 2e-2, "ema": 2e-3, "model": 1e-2, "optimizer": 1e-1}
 SMALL = ["model.hidden_size=32", "model.depth=2", "model.num_heads=2"]
 STRATEGIES = ["ddp", "fsdp", "fsdp_tp", "zero1", "zero2", "zero3"]
-ACCUMULATED = ["ddp", "fsdp", "zero2", "zero3"]
 STEPS, HALF = 30, 15
 
 
@@ -53,30 +52,41 @@ def single(recipe):
     runs = [
         recipe("single", "trainer=cpu"),
         recipe("half-single", "trainer=cpu", steps=HALF),
-        recipe("bf16-single", "trainer=cpu", "trainer.precision=bf16-mixed"),
     ]
     assert train_together(runs, 1) == 0
-    return SimpleNamespace(whole=runs[0], half=runs[1], bf16=runs[2])
+    return SimpleNamespace(whole=runs[0], half=runs[1])
 
 
 @pytest.fixture(scope="module")
 def double(recipe, single):
-    """What two processes give, by strategy: begun, stopped in the middle, and gone on with from one process."""
+    """What two processes give: begun, stopped in the middle, gone on with from one, in parts; some of each."""
     whole = {name: recipe(name, f"trainer={name}") for name in STRATEGIES}
-    half = {name: recipe(f"half-{name}", f"trainer={name}", steps=HALF) for name in STRATEGIES}
-    parts = ["trainer.micro_batch_size=4", "trainer.max_grad_norm=0.5"]
-    more = {
-        "bf16-ddp": recipe("bf16-ddp", "trainer=ddp", "trainer.precision=bf16-mixed"),
-        "bf16-fsdp": recipe("bf16-fsdp", "trainer=fsdp", "trainer.precision=bf16-mixed"),
-        "bf16-zero2": recipe("bf16-zero2", "trainer=zero2", "trainer.precision=bf16-mixed"),
-        "offload": recipe("offload", "trainer=zero1", "trainer.offload=true"),
-        **{f"parts-{name}": recipe(f"parts-{name}", f"trainer={name}", *parts, steps=8) for name in ACCUMULATED},
-    }
-    from_one = {
-        name: recipe(copied(single.half, f"from-one-{name}"), f"trainer={name}") for name in ("ddp", "fsdp", "zero3")
-    }
-    assert train_together([*whole.values(), *half.values(), *more.values(), *from_one.values()], 2) == 0
-    return SimpleNamespace(whole=whole, half=half, more=more, from_one=from_one)
+    whole["offload"] = recipe("offload", "trainer=zero1", "trainer.offload=true")
+    half = {name: recipe(f"half-{name}", f"trainer={name}", steps=HALF) for name in ("fsdp_tp", "zero3")}
+    from_one = {name: recipe(copied(single.half, f"from-one-{name}"), f"trainer={name}") for name in ("ddp", "zero3")}
+    parts = {name: in_parts(recipe, name, f"trainer={name}", 4) for name in ("fsdp", "zero3")}
+    assert train_together([*whole.values(), *half.values(), *from_one.values(), *parts.values()], 2) == 0
+    return SimpleNamespace(whole=whole, half=half, from_one=from_one, parts=parts)
+
+
+@pytest.fixture(scope="module")
+def others(recipe, single):
+    """The others of these, and in mixed precision."""
+    half = {name: recipe(f"half-{name}", f"trainer={name}", steps=HALF) for name in ("ddp", "fsdp", "zero1", "zero2")}
+    from_one = {name: recipe(copied(single.half, f"from-one-{name}"), f"trainer={name}") for name in ("fsdp", "zero2")}
+    parts = {name: in_parts(recipe, name, f"trainer={name}", 4) for name in ("ddp", "zero2")}
+    mixed = "trainer.precision=bf16-mixed"
+    bf16 = {name: recipe(f"bf16-{name}", f"trainer={name}", mixed) for name in STRATEGIES}
+    bf16["single"] = recipe("bf16-single", "trainer=cpu", mixed)
+    assert train_together([bf16["single"]], 1) == 0
+    runs = [*half.values(), *from_one.values(), *parts.values(), *(bf16[name] for name in STRATEGIES)]
+    assert train_together(runs, 2) == 0
+    return SimpleNamespace(half=half, from_one=from_one, parts=parts, bf16=bf16)
+
+
+def in_parts(recipe, name, trainer, images):
+    options = (f"trainer.micro_batch_size={images}", "trainer.max_grad_norm=0.5")
+    return recipe(f"parts-{name}", trainer, *options, steps=8)
 
 
 def close(found, tolerance):
@@ -85,53 +95,70 @@ def close(found, tolerance):
 
 @pytest.mark.parametrize("name", [*STRATEGIES, "offload"])
 def test_two_processes_give_the_numbers_of_one(single, double, name):
-    run = {**double.whole, **double.more}[name]
+    run = double.whole[name]
     found = differences(run, single.whole)
     assert close(found, FP32), found
+    assert lines(single.whole)[0]["loss"] > 1.1 * lines(single.whole)[-1]["loss"]  # there was something to learn
     pictures = [Path(cfg.runs_dir) / cfg.run / "samples" for cfg in (run, single.whole)]
     assert [path.name for path in sorted(pictures[0].iterdir())] == [f"step-{n:08d}.png" for n in (12, 24, 30)]
     for path in sorted(pictures[1].iterdir()):
         ours, theirs = (np.asarray(Image.open(folder / path.name), int) for folder in pictures)
         assert np.abs(ours - theirs).max() <= 1, path.name
-    assert lines(single.whole)[0]["loss"] > 1.1 * lines(single.whole)[-1]["loss"]  # there was something to learn
 
 
-@pytest.mark.parametrize("name", ["bf16-ddp", "bf16-fsdp", "bf16-zero2"])
-def test_in_mixed_precision_they_agree_within_its_rounding(single, double, name):
-    found = differences(double.more[name], single.bf16)
-    assert close(found, BF16), found
-
-
-def test_accumulation_and_clipping_are_those_of_one_process(single, double, recipe):
-    reference = recipe(
-        "parts-single", "trainer=cpu", "trainer.micro_batch_size=8", "trainer.max_grad_norm=0.5", steps=8
-    )
+def parts_are_those_of_one(recipe, runs):
+    reference = in_parts(recipe, "single", "trainer=cpu", 8)
     assert train_together([reference], 1) == 0
     assert max(line["grad_norm"] for line in lines(reference)) > 0.5
-    for name in ACCUMULATED:
-        found = differences(double.more[f"parts-{name}"], reference)
+    for name, run in runs.items():
+        found = differences(run, reference)
         assert close(found, FP32), (name, found)
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero3"])
-def test_two_processes_go_on_from_one(single, double, name):
-    found = differences(double.from_one[name], single.whole)
-    assert close(found, FP32), found
-
-
-def test_one_process_goes_on_from_two(single, double, recipe):
+def one_goes_on(recipe, single, halves):
     """And has to take its batch in parts."""
     parts = ["trainer=cpu", "trainer.micro_batch_size=16"]
-    runs = {name: recipe(copied(double.half[name], f"to-one-{name}"), *parts) for name in STRATEGIES}
+    runs = {name: recipe(copied(half, f"to-one-{name}"), *parts) for name, half in halves.items()}
     assert train_together(runs.values(), 1) == 0
     for name, run in runs.items():
         found = differences(run, single.whole)
         assert close(found, FP32), (name, found)
 
 
+def test_accumulation_and_clipping_are_those_of_one_process(double, recipe):
+    parts_are_those_of_one(recipe, double.parts)
+
+
+def test_two_processes_go_on_from_one(single, double):
+    for name, run in double.from_one.items():
+        found = differences(run, single.whole)
+        assert close(found, FP32), (name, found)
+
+
+def test_one_process_goes_on_from_two(single, double, recipe):
+    one_goes_on(recipe, single, double.half)
+
+
 @pytest.mark.slow
-def test_the_same_strategy_and_size_go_on_bit_equal(double, recipe):
-    runs = {name: recipe(copied(double.half[name], f"again-{name}"), f"trainer={name}") for name in STRATEGIES}
+def test_so_it_is_with_the_other_strategies(single, others, recipe):
+    parts_are_those_of_one(recipe, others.parts)
+    one_goes_on(recipe, single, others.half)
+    for name, run in others.from_one.items():
+        found = differences(run, single.whole)
+        assert close(found, FP32), (name, found)
+
+
+@pytest.mark.slow
+def test_in_mixed_precision_they_agree_within_its_rounding(others):
+    for name in STRATEGIES:
+        found = differences(others.bf16[name], others.bf16["single"])
+        assert close(found, BF16), (name, found)
+
+
+@pytest.mark.slow
+def test_the_same_strategy_and_size_go_on_bit_equal(double, others, recipe):
+    half = {**double.half, **others.half}
+    runs = {name: recipe(copied(half[name], f"again-{name}"), f"trainer={name}") for name in STRATEGIES}
     assert train_together(runs.values(), 2) == 0
     for name, run in runs.items():
         assert [line["loss"] for line in lines(run)] == [line["loss"] for line in lines(double.whole[name])], name
@@ -139,7 +166,7 @@ def test_the_same_strategy_and_size_go_on_bit_equal(double, recipe):
 
 
 @pytest.mark.slow
-def test_checkpoints_fit_all_strategies_and_sizes(single, double, recipe):
+def test_checkpoints_fit_all_strategies_and_sizes(single, double, others, recipe):
     """Saved under one, DDP and FSDP of two, FSDP of four, nodes of two and tensors of two; resumed under each other."""
     four = {
         "fsdp4": ["trainer=fsdp"],
@@ -150,7 +177,7 @@ def test_checkpoints_fit_all_strategies_and_sizes(single, double, recipe):
     }
     halves = {name: recipe(f"half-{name}", *options, steps=HALF) for name, options in four.items()}
     assert train_together(halves.values(), 4) == 0
-    begun = {"single": single.half, **double.half, **halves}
+    begun = {"single": single.half, **double.half, **others.half, **halves}
     for size, ways in (
         (1, {"single": ["trainer=cpu"]}),
         (2, {name: [f"trainer={name}"] for name in STRATEGIES}),
