@@ -125,6 +125,6 @@ def divided(layout: Layout, batch: int, micro_batch: int | None, lanes: int | No
         of = f"the {share} images of each of {ranks} ranks, " if ranks > 1 else ""
         raise ValueError(
             f"trainer.micro_batch_size={images} must divide {of}trainer.batch_size={batch} into whole lanes "
-            f"(trainer.lanes={lanes or 'any'}): choose one of {allowed}"
+            f"(trainer.lanes={lanes or 'any'}): choose one of {allowed}, or for a new run more lanes"
         )
     return images, share // images
