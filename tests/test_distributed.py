@@ -167,26 +167,16 @@ def test_the_same_strategy_and_size_go_on_bit_equal(double, others, recipe):
 
 @pytest.mark.slow
 def test_checkpoints_fit_all_strategies_and_sizes(single, double, others, recipe):
-    """Saved under one, DDP and FSDP of two, FSDP of four, nodes of two and tensors of two; resumed under each other."""
-    four = {
-        "fsdp4": ["trainer=fsdp"],
-        "tensor4": ["trainer=fsdp_tp"],
-        "ddp4": ["trainer=ddp"],
-        "zero2-4": ["trainer=zero2"],
-        "zero3-4": ["trainer=zero3"],
-    }
-    halves = {name: recipe(f"half-{name}", *options, steps=HALF) for name, options in four.items()}
+    """Saved under one, two and four processes, resumed under each other."""
+    two, four = ["ddp", "fsdp", "zero3"], {"fsdp4": "fsdp", "tensor4": "fsdp_tp"}
+    halves = {name: recipe(f"half-{name}", f"trainer={way}", steps=HALF) for name, way in four.items()}
     assert train_together(halves.values(), 4) == 0
-    begun = {"single": single.half, **double.half, **others.half, **halves}
-    for size, ways in (
-        (1, {"single": ["trainer=cpu"]}),
-        (2, {name: [f"trainer={name}"] for name in STRATEGIES}),
-        (4, four),
-    ):
+    begun = {"single": single.half, **{name: {**double.half, **others.half}[name] for name in two}, **halves}
+    for size, ways in ((1, {"single": "cpu"}), (2, {name: name for name in two}), (4, four)):
         runs = {
-            (old, new): recipe(copied(cfg, f"{old}-to-{new}"), *options)
+            (old, new): recipe(copied(cfg, f"{old}-to-{new}"), f"trainer={way}")
             for old, cfg in begun.items()
-            for new, options in ways.items()
+            for new, way in ways.items()
             if old != new
         }
         assert train_together(runs.values(), size) == 0
