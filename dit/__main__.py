@@ -28,7 +28,7 @@ HELP = """dit trains diffusion transformers.
 
 Exit codes: 0 done, 2 a mistake in the configuration or input, 3 data that is broken, 4 no intact checkpoint, or the
 last one could not be written, 75 stopped by SIGTERM with a checkpoint (start again to go on), 130 stopped by Ctrl-C
-with a checkpoint.
+with a checkpoint, 128 + n one of several processes was ended by signal n.
 """
 
 
@@ -48,8 +48,13 @@ def main() -> None:
         raise SystemExit(2)
     from dit.command.compose import launch
 
-    command = importlib.import_module(f"dit.command.{arguments[0]}")
-    raise SystemExit(launch(arguments[0], command, arguments[1:]))
+    try:
+        command = importlib.import_module(f"dit.command.{arguments[0]}")
+        code = launch(arguments[0], command, arguments[1:])
+    except KeyboardInterrupt:  # before there was anything to save
+        print("\ndit: stopped", file=sys.stderr)
+        code = 130
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,17 @@ def test_srun_is_followed_but_not_the_batch_script_around_it(monkeypatch):
 
 @pytest.mark.parametrize(
     "env",
-    [{"RANK": "x", "WORLD_SIZE": "2"}, {**SLURM, "SLURM_PROCID": ""}, {"RANK": "2", "WORLD_SIZE": "2"}],
+    [
+        {"RANK": "x", "WORLD_SIZE": "2"},
+        {"RANK": "2", "WORLD_SIZE": "2"},
+        {"RANK": "0"},
+        {"WORLD_SIZE": "2"},
+        {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"},
+        {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "abc"},
+        {**SLURM, "SLURM_PROCID": ""},
+        {**SLURM, "SLURM_STEP_NUM_NODES": "0"},
+        {"SLURM_STEP_NUM_TASKS": "2"},
+    ],
 )
 def test_an_environment_that_makes_no_sense_is_refused(monkeypatch, env):
     with pytest.raises(ValueError, match="launcher's environment"):
@@ -110,7 +120,13 @@ def test_what_two_processes_cannot_do_is_said_before_they_meet(monkeypatch, conf
 def test_several_nodes_want_a_launcher(config):
     cfg = devices.settled(config("run=x", "trainer=ddp", "trainer.nodes=2", "trainer.devices=2"))
     with pytest.raises(ValueError, match="must be started on each of them, by srun or torchrun"):
-        devices.check_launch(cfg.trainer)
+        devices.check_launch(cfg.trainer, 2)
+
+
+def test_more_processes_than_a_machine_bears_are_refused(config):
+    cfg = devices.settled(config("run=x", "trainer=ddp", "trainer.devices=1000"))
+    with pytest.raises(ValueError, match=r"trainer.devices=1000, but this machine has \d+ cores: take at most"):
+        devices.check_launch(cfg.trainer, 1000)
 
 
 @pytest.mark.parametrize("dry", [False, True])

@@ -116,7 +116,7 @@ def _exit_code(error: Exception) -> int:
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
     if rank == "0":
         print(f"dit: {error}", file=sys.stderr)
-    elif not isinstance(error, ConfigError):
+    elif not isinstance(error, ConfigError) or getattr(error.__cause__, "everywhere", False):
         print(f"dit: rank {rank}: {error}", file=sys.stderr)
     return code
 

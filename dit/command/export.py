@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 VERBATIM = ("path",)
 TOLERATED = 0.05  # of the norm of a profile
+REFUSED = 0.5
 
 
 def check(cfg: DictConfig) -> None:
@@ -67,8 +68,12 @@ def main(cfg: DictConfig) -> int:
             about |= {"ema_std": cfg.ema_std, "step": made.step}
             print(f"an average of std {cfg.ema_std:g}, made of {made.num_snapshots} averages", end="")
             print(f", which miss {100 * made.misfit:.2g} % of its profile")
+            way_out = "an ema_std nearer those of the run, or train with a smaller ema.snapshot_every_steps"
+            if made.misfit > REFUSED:
+                raise ValueError(
+                    f"ema_std={cfg.ema_std}: the snapshots of run={cfg.run} cannot give it; take {way_out}"
+                )
             if made.misfit > TOLERATED:
-                way_out = "an ema_std nearer those of the run, or train with a smaller ema.snapshot_every_steps"
                 print(f"dit: WARNING: that is much; take {way_out}")
         about |= {"parameters": sum(t.numel() for t in weights.values())}
         about |= {"config": OmegaConf.to_container(had, resolve=True)}

@@ -1,5 +1,6 @@
 """dit train: train a model."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -89,7 +90,7 @@ def main(cfg: DictConfig) -> int:
         settled = devices.settled(cfg)
         number = 1 if World().launched else devices.num_processes(settled.trainer)
         if number > 1:
-            devices.check_launch(settled.trainer)
+            devices.check_launch(settled.trainer, number)
     if number > 1:
         from dit.train.launch import launch
 
@@ -101,10 +102,17 @@ def train(cfg: DictConfig) -> int:
     """Train in this process; the exit code."""
     with user_errors():
         from dit.train.run import Run
+        from dit.train.world import Lost
 
         run = Run(cfg)
         run.prepare()
-    return run.fit() or 0
+    try:
+        return run.fit() or 0
+    except RuntimeError as error:
+        if run.world.size > 1 and re.search("onnection (reset|closed|refused)|timed out", str(error), re.IGNORECASE):
+            reason = " ".join(str(error).split())[:160]
+            raise Lost(f"another process is gone, or does not answer ({reason})") from error
+        raise
 
 
 def one_of_several(cfg: DictConfig) -> int:

@@ -1,13 +1,16 @@
 """On what a run executes: settled from what its configuration leaves open and what the machine has."""
 
 import copy
+import os
 
 import torch
 from omegaconf import DictConfig
 
-from dit.train.layout import Layout, check
+from dit.train.layout import Layout, check, divided
 from dit.train.strategy import Strategy
 from dit.train.world import World
+
+MOST_PER_CORE = 4  # processes, of which each has a network
 
 
 def settled(cfg: DictConfig) -> DictConfig:
@@ -39,14 +42,22 @@ def num_processes(options: DictConfig) -> int:
     return torch.cuda.device_count() if options.accelerator == "gpu" else 1
 
 
-def check_launch(options: DictConfig) -> None:
-    """See whether processes on this machine alone are what is asked for.
+def check_launch(options: DictConfig, number: int) -> None:
+    """See whether so many processes on this machine alone are what is asked for, and can share the work.
 
     Raises:
         ValueError: if not.
     """
     if options.nodes not in ("auto", 1):
         raise ValueError(f"trainer.nodes={options.nodes} must be started on each of them, by srun or torchrun")
+    if options.accelerator == "cpu" and number > (most := MOST_PER_CORE * (os.cpu_count() or 1)):
+        raise ValueError(f"trainer.devices={number}, but this machine has {os.cpu_count()} cores: take at most {most}")
+    if options.accelerator == "gpu" and number > (there := torch.cuda.device_count()):
+        raise ValueError(f"trainer.devices={number}, but this machine has {there} GPUs: take at most {there}")
+    sizes = (1, number)
+    layout = Layout(options.strategy, *sizes, options.shard, options.tensor_parallel_size, options.offload)
+    check(layout)
+    divided(layout, options.batch_size, options.micro_batch_size, options.lanes)
 
 
 def layout_of(options: DictConfig, world: World) -> Layout:

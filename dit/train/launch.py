@@ -13,7 +13,7 @@ from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any
 
-from dit.train.preemption import EXIT_CODES
+from dit.train.preemption import ECHO_SECONDS, EXIT_CODES
 
 GRACE_SECONDS = 20.0  # for the others to end by themselves once one has failed
 STOP_SECONDS = 600.0  # and once one has been stopped by a signal, as all are, and has ended before the others
@@ -40,32 +40,46 @@ def launch(work: Callable[[Any], int], argument: Any, num_processes: int) -> int
     environments = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
     processes = [context.Process(target=_begin, args=(env, work, argument)) for env in environments]
 
-    def forward(signum: int, frame: FrameType | None) -> None:
+    asked: list[float] = []  # when signals came that ask to stop
+    insisted: list[int] = []  # those that came again
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        if asked and time.monotonic() - asked[0] > ECHO_SECONDS:  # some may wait for each other, and hear nothing
+            print("\ndit: stopped at once", file=sys.stderr)
+            insisted.append(signum)
+            signum = signal.SIGKILL
+        elif signum == signal.SIGINT:
+            signum = 0  # a terminal sends it to the processes, too
+        asked.append(time.monotonic())
         for process in processes:
-            if process.pid and process.is_alive():
+            if signum and process.pid and process.is_alive():
                 os.kill(process.pid, signum)
 
     here = threading.current_thread() is threading.main_thread()
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)} if here else {}
     try:
+        for signum in before:
+            signal.signal(signum, stop)
         for process in processes:
             process.start()
-        if here:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the processes, too
-            signal.signal(signal.SIGTERM, forward)
-        return _first_code(processes)
+        code, cause = _first_code(processes)
+        if insisted:
+            return 128 + insisted[0]
+        if cause:  # last, where it is seen
+            print(f"dit: {cause}; the same command goes on from the newest checkpoint", file=sys.stderr)
+        return code
     finally:
         for process in processes:
-            if process.is_alive():
+            if process.pid:
                 process.kill()
-            process.join()
+                process.join()
         for signum, handler in before.items():
             signal.signal(signum, handler)
 
 
-def _first_code(processes: Sequence[BaseProcess]) -> int:
-    """The exit code of the first process that fails; the others are given time to end."""
-    running, code, until = list(processes), 0, float("inf")
+def _first_code(processes: Sequence[BaseProcess]) -> tuple[int, str]:
+    """The exit code of the first process that fails, and if by a signal, in words; the others are given time to end."""
+    running, code, until, cause = list(processes), 0, float("inf"), ""
     while running:
         wait([process.sentinel for process in running], timeout=min(1.0, max(0.0, until - time.monotonic())))
         for process in [process for process in running if not process.is_alive()]:
@@ -76,13 +90,13 @@ def _first_code(processes: Sequence[BaseProcess]) -> int:
                 until = time.monotonic() + (STOP_SECONDS if code in EXIT_CODES.values() else GRACE_SECONDS)
                 if ended < 0:
                     name = signal.Signals(-ended).name
-                    print(f"dit: the process of rank {processes.index(process)} was ended by {name}", file=sys.stderr)
+                    cause = f"the process of rank {processes.index(process)} was ended by {name}"
         if time.monotonic() > until:
             for process in running:
                 print(f"dit: ending rank {processes.index(process)}, which still waits", file=sys.stderr)
                 process.kill()
             until = float("inf")
-    return code
+    return code, cause
 
 
 def _begin(environment: dict[str, str], work: Callable[[Any], int], argument: Any) -> None:

@@ -98,6 +98,8 @@ def check(layout: Layout) -> None:
         )
     if layout.gpus % parallel:
         raise ValueError(f"trainer.tensor_parallel_size={parallel} must divide trainer.devices={layout.gpus}")
+    if layout.shard == "node" and layout.strategy != "fsdp":
+        raise ValueError(f"trainer.shard=node goes with trainer=fsdp, not trainer.strategy={layout.strategy}")
     if layout.offload and not layout.strategy.startswith("zero"):
         raise ValueError(f"trainer.offload=true needs zero1, zero2 or zero3, not trainer.strategy={layout.strategy}")
 

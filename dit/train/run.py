@@ -200,10 +200,11 @@ class Run:
             among = [f"{devices} devices"] if devices > 1 else []
             among += [f"{self.num_micro_batches} parts"] if self.num_micro_batches > 1 else []
             among += [f"{batch // parts} images"] if among else []
+            on = f" on {self.world.size} devices ({self.layout.name})" if self.world.size > 1 else ""
             self.world.say(
                 f"dit: {self.folder}: {f'going on from step {self.step}' if self.step else 'a new run'}, "
                 f"{self.num_parameters:,} parameters, {max_steps} steps of {batch} images"
-                f"{' = ' + ' x '.join(among) if among else ''}, lr {self.cfg.optimizer.lr:g}"
+                f"{' = ' + ' x '.join(among) if among else ''}, lr {self.cfg.optimizer.lr:g}{on}"
             )
             self.world.once(self._prepare_folder)
             return self._train()
@@ -227,7 +228,7 @@ class Run:
 
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         warnings.filterwarnings(
-            "ignore", message=".*(LeafSpec|num_workers|in eval mode).*"
+            "ignore", message=".*(LeafSpec|num_workers|in eval mode|configure_optimizers).*"
         )  # Lightning's, of no use to anyone here
         cfg, options = self.cfg, self.cfg.trainer
         if options.accelerator == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # leave the data's workers their cores
@@ -315,11 +316,11 @@ class Run:
 
     def _processes(self) -> dict[str, Any]:
         """What Lightning is told of them: that they are there already; what is divided among them is our affair."""
-        if not torch.distributed.is_initialized():
-            return {}
-        from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+        from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
         from lightning.pytorch.strategies import ModelParallelStrategy
 
+        if not torch.distributed.is_initialized():
+            return {"plugins": [LightningEnvironment()]}  # or it would guess, by what SLURM leaves in a shell
         together = ModelParallelStrategy(data_parallel_size=self.world.size, tensor_parallel_size=1)
         return {"strategy": together, "plugins": [TorchElasticEnvironment()], "use_distributed_sampler": False}
 

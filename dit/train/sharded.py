@@ -1,5 +1,6 @@
 """Fully sharded data parallel (FSDP2), with tensor parallelism if asked for."""
 
+import logging
 from typing import Any
 
 import torch
@@ -39,6 +40,9 @@ class Sharded(Strategy):
             for first in range(tensor):
                 group = dist.new_group(list(range(first, world.size, tensor)))
                 self._data = group if world.rank % tensor == first else self._data
+            logging.getLogger("torch.distributed.tensor._redistribute").setLevel(
+                logging.ERROR
+            )  # norms, one after another
         self._stacked: dict[str, int] = {}
 
     @classmethod

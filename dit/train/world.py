@@ -13,6 +13,18 @@ from torch import Tensor
 T = TypeVar("T")
 
 
+class EnvironmentMistake(ValueError):
+    """Of a launcher, which is said by every process."""
+
+    everywhere = True
+
+
+class Lost(RuntimeError):
+    """Another process is gone, and this one cannot go on."""
+
+    exit_code = 1
+
+
 class World:
     """Which of how many processes this is, as torchrun, srun or `launch` said in the environment; else the only one.
 
@@ -29,13 +41,19 @@ class World:
     def __init__(self) -> None:
         try:
             env = _environment()
+            address, port = env.get("MASTER_ADDR", "127.0.0.1"), int(env.get("MASTER_PORT", 29500))
             self.rank, self.size = int(env["RANK"]), int(env["WORLD_SIZE"])
             self.local_rank, self.local_size = int(env["LOCAL_RANK"]), int(env["LOCAL_WORLD_SIZE"])
             if not (0 <= self.rank < self.size and 0 <= self.local_rank < self.local_size):
                 raise ValueError(f"rank {self.rank} of {self.size}, locally {self.local_rank} of {self.local_size}")
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"the launcher's environment makes no sense ({error}): use torchrun or srun") from None
-        self._address = env.get("MASTER_ADDR", "127.0.0.1"), env.get("MASTER_PORT", "29500")
+            if self.size % self.local_size:
+                raise ValueError(f"{self.size} processes, of which {self.local_size} are on this node")
+        except (KeyError, ValueError, ZeroDivisionError) as error:
+            what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else error
+            raise EnvironmentMistake(
+                f"the launcher's environment makes no sense ({what}): use torchrun or srun"
+            ) from None
+        self._address = address, str(port)
         self._patient: Any = None
         self._joined = False
 
@@ -74,7 +92,11 @@ class World:
             torch.cuda.set_device(self.local_rank)
         if self.size > 1:
             os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = self._address
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+            try:
+                dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+            except dist.DistError as error:
+                where = ":".join(self._address)
+                raise EnvironmentMistake(f"no meeting at MASTER_ADDR:MASTER_PORT={where} ({error})"[:300]) from error
         else:  # sharding wants a group even of one, which needs no port
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1
@@ -137,7 +159,8 @@ class World:
 def _environment() -> dict[str, str]:
     """RANK and so on, in torchrun's words."""
     env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
+    if "RANK" in env or "WORLD_SIZE" in env:
+        env["RANK"], env["WORLD_SIZE"]  # both, or KeyError
         local = {"LOCAL_RANK": env["RANK"], "LOCAL_WORLD_SIZE": env["WORLD_SIZE"]}  # one node, unless it is said
         return local | dict(env)
     if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # a step of srun, not the batch script around it

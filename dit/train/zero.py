@@ -1,9 +1,10 @@
 """ZeRO by DeepSpeed."""
 
+import io
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class Zero(Strategy):
         super().__init__(options, world, device)
         os.environ.setdefault("DS_ACCELERATOR", device.type)
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         import deepspeed
 
         deepspeed.utils.logging.logger.setLevel(logging.ERROR)
@@ -98,9 +100,10 @@ class Zero(Strategy):
                 "lower_precision_safe_modules": [],  # whose gradients would be summed in bfloat16
             },
         }
-        self._engine, _, _, _ = self._deepspeed.initialize(
-            model=denoiser.network, optimizer=optimizer, config=config, dist_init_required=False
-        )
+        with redirect_stdout(io.StringIO()):  # on which DeepSpeed says what it has built
+            self._engine, _, _, _ = self._deepspeed.initialize(
+                model=denoiser.network, optimizer=optimizer, config=config, dist_init_required=False
+            )
         denoiser.network = self._engine
         super().start(denoiser, {"denoiser": optimizer}, micro_batches=micro_batches, max_norm=max_norm)
 
