@@ -1,5 +1,6 @@
 """Which process of how many this is, and how devices are asked for."""
 
+import contextlib
 import os
 import time
 
@@ -194,3 +195,25 @@ def test_the_first_process_that_fails_ends_all(tmp_path, monkeypatch, capfd):
 
 def test_what_the_first_process_finds_is_known_to_all(tmp_path):
     assert launch(once, tmp_path, 2) == 1
+
+
+def finds(folder):
+    """What rank 1 alone finds, it says."""
+    from dit.command.compose import ConfigError, exit_code_of
+
+    world = World()
+    world.join("cpu")
+
+    def work():
+        if world.rank:
+            raise ConfigError("no such folder here")
+        time.sleep(3)
+        return 0
+
+    with (folder / str(world.rank)).open("w") as file, contextlib.redirect_stderr(file):
+        return exit_code_of(work)
+
+
+def test_what_one_process_finds_alone_is_said(tmp_path):
+    assert launch(finds, tmp_path, 2) == 2
+    assert (tmp_path / "1").read_text() == "dit: rank 1: no such folder here\n"

@@ -108,7 +108,8 @@ def exit_code_of(work: Callable[[], int]) -> int:
 def _exit_code(error: Exception) -> int:
     """Print an error that has an exit code of its own, and give the code; raise any other.
 
-    Of several processes that all find a mistake in the configuration the first one says so.
+    Of several processes that all find a mistake in the configuration the first one says so; once they have met, each
+    says what it alone has found.
     """
     code: int | None = getattr(error, "exit_code", None)
     if code is None:
@@ -116,9 +117,15 @@ def _exit_code(error: Exception) -> int:
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
     if rank == "0":
         print(f"dit: {error}", file=sys.stderr)
-    elif not isinstance(error, ConfigError) or getattr(error.__cause__, "everywhere", False):
+    elif not isinstance(error, ConfigError) or getattr(error.__cause__, "everywhere", False) or _have_met():
         print(f"dit: rank {rank}: {error}", file=sys.stderr)
     return code
+
+
+def _have_met() -> bool:
+    """Whether this is one of several processes that are connected; asked without importing torch."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()
 
 
 def config_dir() -> Path:
