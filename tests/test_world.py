@@ -217,3 +217,9 @@ def finds(folder):
 def test_what_one_process_finds_alone_is_said(tmp_path):
     assert launch(finds, tmp_path, 2) == 2
     assert (tmp_path / "1").read_text() == "dit: rank 1: no such folder here\n"
+
+
+def test_a_mistake_that_is_found_late_leaves_no_connection(config):
+    with pytest.raises(ValueError, match="Invalid beta"):
+        Run(config("run=x", "trainer=fsdp", "trainer.devices=1", "trainer.accelerator=cpu", "optimizer.betas=[2,3]"))
+    assert not torch.distributed.is_initialized()

@@ -23,6 +23,7 @@ from dit.train.checked import build_trained, checked
 from dit.train.devices import layout_of, settled
 from dit.train.encoding import check_encoded, identity
 from dit.train.same import differences
+from dit.train.strategy import Strategy
 from dit.train.world import World
 from dit.weights.convert import fitted
 
@@ -60,35 +61,41 @@ class Run:
         self.device = (
             torch.device("cuda", self.world.local_rank) if cfg.trainer.accelerator == "gpu" else torch.device("cpu")
         )
+        self._lock: TextIO | None = None
+        try:
+            self._meet(denoiser, strategy)
+        except BaseException:
+            self._leave()
+            raise
+
+    def _meet(self, denoiser: Any, strategy: type[Strategy]) -> None:
+        """Connect the processes, and check what is on this machine: data, devices, the folder."""
         if self.world.size > 1 or strategy.needs_group:
             self.world.join(self.device.type)
         self._check_data()  # before the optimizer, whose making takes seconds
-        if cfg.metric:
+        if self.cfg.metric:
             self.data.check_images()
         self.parts.condition.check(self.data.first() if self.data.there else None)
-        build_trained(cfg, denoiser)
-        self.strategy = strategy(cfg.trainer, self.world, self.device)
+        build_trained(self.cfg, denoiser)
+        self.strategy = strategy(self.cfg.trainer, self.world, self.device)
         self.num_parameters = sum(p.numel() for p in denoiser.network.parameters())
         self.latent = self.parts.latent()
         # Hashing a VAE takes a while, so that it is done once.
         self.encoder = identity(self.latent) if self.latent.name or self.data.about else {}
         if self.data.about:
-            check_encoded(self.data.about, self.encoder, self.latent.shape, cfg.data.image_size, cfg.data.path)
-            if (text := self.data.about.get("text", {}).get("name")) != cfg.condition.get("name", text):
-                print(f"dit: WARNING: captions were read by {text}, but prompts will be by {cfg.condition.name}")
-        if cfg.metric:
-            check(build(cfg.metric), self.parts.subject(denoiser, self.latent, seed=cfg.seed, batch_size=1))
-        self.folder = Path(cfg.runs_dir) / cfg.run
+            check_encoded(
+                self.data.about, self.encoder, self.latent.shape, self.cfg.data.image_size, self.cfg.data.path
+            )
+            if (text := self.data.about.get("text", {}).get("name")) != self.cfg.condition.get("name", text):
+                print(f"dit: WARNING: captions were read by {text}, but prompts will be by {self.cfg.condition.name}")
+        if self.cfg.metric:
+            check(build(self.cfg.metric), self.parts.subject(denoiser, self.latent, seed=self.cfg.seed, batch_size=1))
+        self.folder = Path(self.cfg.runs_dir) / self.cfg.run
         begins = not checkpoint.committed(self.folder / "checkpoints")
-        self.init = self._initial(denoiser.network) if cfg.init and begins else None
-        self.resolved = OmegaConf.to_container(cfg, resolve=True)
-        self._lock: TextIO | None = None
-        try:
-            self.resume_from = self.world.once(self._claim)
-            self.step = checkpoint.step_of(self.resume_from) if self.resume_from else 0
-        except BaseException:
-            self._leave()
-            raise
+        self.init = self._initial(denoiser.network) if self.cfg.init and begins else None
+        self.resolved = OmegaConf.to_container(self.cfg, resolve=True)
+        self.resume_from = self.world.once(self._claim)
+        self.step = checkpoint.step_of(self.resume_from) if self.resume_from else 0
 
     def _initial(self, network: nn.Module) -> dict[str, Tensor]:
         """The weights to begin with, as the network needs them."""
