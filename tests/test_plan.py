@@ -77,6 +77,7 @@ def test_a_ring_by_hand():
     assert ring("all-reduce", 400, 1, 1) == Traffic("all-reduce", 0, 0, True)
 
 
+@pytest.mark.slow
 def test_one_device_is_what_the_doctor_says(plain, mixed):
     for recipe in (plain, mixed):
         plan = planned(recipe)
@@ -161,6 +162,7 @@ def test_more_gpus_never_need_more_memory_each(mixed, strategy):
         assert sum(sum(sent(many, t.kind)) for t in many.traffic) >= sum(sum(sent(few, t.kind)) for t in few.traffic)
 
 
+@pytest.mark.slow
 def test_checkpointing_computes_more_and_keeps_less():
     none, full = (
         planned(planner(f"trainer.activation_checkpointing={mode}"), "fsdp", 1, 4) for mode in ("none", "full")
@@ -377,6 +379,7 @@ def test_dry_runs_that_end_with_exit_code_2(overrides, message):
     assert raised.value.exit_code == 2 and message in str(raised.value)
 
 
+@pytest.mark.slow
 def test_the_table_of_layouts(tools, monkeypatch):
     import scaling
 

@@ -28,6 +28,9 @@ def test_the_commands_compose(command, tmp_path, monkeypatch):
         (tmp_path / "runs" / run).mkdir(parents=True)
         cfg = compose("train", [f"experiment={run}"])
         OmegaConf.save(cfg, tmp_path / "runs" / run / "config.yaml", resolve=True)
+    (tmp_path / "runs" / "power").mkdir()
+    power = compose("train", ["experiment=digits", "ema=power", "run=power"])
+    OmegaConf.save(power, tmp_path / "runs" / "power" / "config.yaml", resolve=True)
     monkeypatch.chdir(tmp_path)
     if hasattr(module, "prepare"):
         module.prepare(words)

@@ -100,8 +100,6 @@ class Saver:
         keep_every_steps: int | None = None,
         asynchronous: bool = True,
     ):
-        # torch would hold the interpreter, and so training, to compute it; the sha256 of the file says more.
-        torch.serialization.set_crc32_options(False)
         self.root = root
         self.data = data
         self.keep = keep
@@ -197,7 +195,10 @@ class Saver:
         """Write and commit; what goes wrong, on whichever rank, is the problem of all."""
         final = self.root / f"step-{step:08d}"
         partial = final.with_suffix(".tmp")
+        crc32 = torch.serialization.get_crc32_options()  # of this thread
         try:
+            # torch would hold the interpreter, and so training, for it; the sha256 of the file says more.
+            torch.serialization.set_crc32_options(False)
             if self._agreed(lambda: self.rank == 0 and _begun(partial, final))[0]:
                 dcp.save(
                     parts,
@@ -225,6 +226,8 @@ class Saver:
             if self.problem and self.rank == 0:
                 print(f"dit: checkpoints are written again, {final}", flush=True)
             self.problem = None
+        finally:
+            torch.serialization.set_crc32_options(crc32)
 
     def _agreed(self, function: Callable[[], Any]) -> list[Any]:
         """What a function returns on each rank; where it fails on one, it fails on all."""
