@@ -6,7 +6,7 @@ import os
 import torch
 from omegaconf import DictConfig
 
-from dit.train.layout import Layout, check, divided
+from dit.train.layout import Layout, divided, layout_on
 from dit.train.strategy import Strategy
 from dit.train.world import World
 
@@ -54,10 +54,7 @@ def check_launch(options: DictConfig, number: int) -> None:
         raise ValueError(f"trainer.devices={number}, but this machine has {os.cpu_count()} cores: take at most {most}")
     if options.accelerator == "gpu" and number > (there := torch.cuda.device_count()):
         raise ValueError(f"trainer.devices={number}, but this machine has {there} GPUs: take at most {there}")
-    sizes = (1, number)
-    layout = Layout(options.strategy, *sizes, options.shard, options.tensor_parallel_size, options.offload)
-    check(layout)
-    divided(layout, options.batch_size, options.micro_batch_size, options.lanes)
+    divided(layout_on(options, 1, number), options.batch_size, options.micro_batch_size, options.lanes)
 
 
 def layout_of(options: DictConfig, world: World) -> Layout:
@@ -70,9 +67,7 @@ def layout_of(options: DictConfig, world: World) -> Layout:
     Raises:
         ValueError: if they are not those that are asked for, or cannot share it so.
     """
-    sizes = (world.num_nodes, world.local_size)
-    layout = Layout(options.strategy, *sizes, options.shard, options.tensor_parallel_size, options.offload)
-    check(layout)
+    layout = layout_on(options, world.num_nodes, world.local_size)
     if options.nodes not in ("auto", world.num_nodes):
         way_out = "start it on them by srun or torchrun" if options.nodes > world.num_nodes else "leave it at auto"
         raise ValueError(f"trainer.nodes={options.nodes}, but it was started on {world.num_nodes}: {way_out}")

@@ -66,9 +66,18 @@ def assumed_layout(trainer: DictConfig) -> tuple[Layout, str]:
     for key, value in {"nodes": nodes, "devices": gpus, "tensor_parallel_size": trainer.tensor_parallel_size}.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"trainer.{key}={value} must be a whole number, at least 1")
+    return layout_on(trainer, nodes, gpus), "; ".join(assumed)
+
+
+def layout_on(trainer: DictConfig, nodes: int, gpus: int) -> Layout:
+    """What a configuration's trainer says, on so many devices.
+
+    Raises:
+        ValueError: if two values do not fit together, with the way out.
+    """
     layout = Layout(trainer.strategy, nodes, gpus, trainer.shard, trainer.tensor_parallel_size, trainer.offload)
     check(layout)
-    return layout, "; ".join(assumed)
+    return layout
 
 
 def check(layout: Layout) -> None:

@@ -15,6 +15,7 @@ from dit.train.build import Parts
 from dit.train.cost import SPLIT, Memory, Passes, multiply_adds, passes, shard, split, states
 from dit.train.hardware import Hardware
 from dit.train.layout import Layout, check, divided
+from dit.train.tensor_parallel import units_of
 from dit.train.zero import AHEAD, BUCKET, LIVE, PERSISTENT
 
 # Until they are measured on the machine in question:
@@ -209,8 +210,7 @@ class Planner:
     def _tensor_parallel(self, layout: Layout, images: int) -> Traffic:
         """The sum of each split pair of layers' output forward, and of the gradient of its input backward."""
         network = self._split(layout.tensor_parallel)
-        units = [module for module in network.modules() if isinstance(module, network.units)]
-        pairs = sum(SPLIT.get(name) == 1 for unit in units for name, _ in unit.named_modules())
+        pairs = sum(SPLIT.get(name) == 1 for unit in units_of(network) for name, _ in unit.named_modules())
         again = self.parts.cfg.trainer.activation_checkpointing == "full"
         _, tokens, width = network.pos_embed.shape
         num_bytes = (

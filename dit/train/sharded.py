@@ -62,12 +62,10 @@ class Sharded(Strategy):
 
     def shard(self, network: nn.Module) -> None:
         """Divide all parameters, unit by unit; what is outside of units forms one of its own."""
-        units: Any = getattr(network, "units", ())
         mixed = self.options.precision == "bf16-mixed"
         within = MixedPrecisionPolicy(torch.bfloat16 if mixed else None, torch.float32, cast_forward_inputs=False)
-        for module in network.modules():
-            if isinstance(module, units):
-                fully_shard(module, mesh=self._data_mesh, mp_policy=within)
+        for module in tensor_parallel.units_of(network):
+            fully_shard(module, mesh=self._data_mesh, mp_policy=within)
         # Embeddings stay in float32: bfloat16 does not tell times 999 and 1000 apart.
         # It is given back after each forward, or averages lent for sampling would not be seen.
         whole = MixedPrecisionPolicy(cast_forward_inputs=False)

@@ -122,10 +122,7 @@ class Strategy:
     @torch.no_grad()
     def put(self, tensor: Tensor, whole: Tensor, name: str) -> None:
         """Copy a full tensor, which all processes have, into this process's part of it."""
-        if isinstance(tensor, DTensor):
-            tensor.to_local().copy_(local_part(whole, tensor))
-        else:
-            tensor.copy_(whole)
+        fill(tensor, whole)
 
     def start(
         self, denoiser: Any, optimizers: Mapping[str, Optimizer], *, micro_batches: int, max_norm: float | None
@@ -198,8 +195,7 @@ class Strategy:
         Raises:
             ValueError: if an optimizer keeps what is no tensor.
         """
-        held = dict(module.ema.averages) if averages_only else self._held(module)
-        return {group: {name: self.neutral(name, value) for name, value in held[group].items()} for group in held}
+        return self._neutral(module.ema.averages if averages_only else self._held(module))
 
     @torch.no_grad()
     def restore(self, module: Any, path: Path) -> None:
@@ -212,12 +208,16 @@ class Strategy:
         for network, optimizer in self.optimizers.items():
             self._allocate(optimizer, self._names(module, network), checkpoint.layout(path, group_of(network)))
         held = self._held(module)
-        read = {group: {name: self.neutral(name, value) for name, value in held[group].items()} for group in held}
+        read = self._neutral(held)
         checkpoint.load_into(path, read)
         for group, values in held.items():
             for name, value in values.items():
                 if read[group][name] is not value:
                     self.put(value, read[group][name], name)
+
+    def _neutral(self, held: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """All of them so."""
+        return {group: {name: self.neutral(name, value) for name, value in held[group].items()} for group in held}
 
     def neutral(self, name: str, value: Tensor) -> Tensor:
         """A tensor as checkpoints hold it: itself, unless its layout is our own."""
@@ -305,6 +305,14 @@ def local_part(whole: Tensor, like: DTensor) -> Tensor:
     return whole
 
 
+def fill(tensor: Tensor, whole: Tensor) -> None:
+    """Copy this process's part of a full tensor."""
+    if isinstance(tensor, DTensor):
+        tensor.to_local().copy_(local_part(whole, tensor))
+    else:
+        tensor.copy_(whole)
+
+
 def clip(parameters: Sequence[Tensor], max_norm: float | None) -> Tensor:
     """Scale gradients down to a norm, None leaves them; their norm before, over all processes that share them, ().
 
@@ -354,8 +362,5 @@ class _Whole(TorchFunctionMode):
             func(whole, *args[1:], **kwargs)
         else:
             func(**{**kwargs, "tensor": whole})
-        if isinstance(target, DTensor):
-            target.to_local().copy_(local_part(whole, target))
-        else:
-            target.copy_(whole)
+        fill(target, whole)
         return target
