@@ -15,6 +15,7 @@ from dit.train.build import Parts
 from dit.train.cost import SPLIT, Memory, Passes, multiply_adds, passes, shard, split, states
 from dit.train.hardware import Hardware
 from dit.train.layout import Layout, check, divided
+from dit.train.strategy import BUCKET_BYTES
 from dit.train.tensor_parallel import units_of
 from dit.train.zero import AHEAD, BUCKET, LIVE, PERSISTENT
 
@@ -171,10 +172,11 @@ class Planner:
         return memory, host, [], []
 
     def _ddp(self, layout: Layout, images: int, number: int) -> tuple[Any, ...]:
-        """Gradients are averaged in float32, once, when they are complete: in copies, when activations are gone."""
+        """Gradients are averaged in float32, once, when they are complete: a bucket at a time, activations gone."""
         trained = 4 * self._numbers()[1]
+        bucket = min(trained, BUCKET_BYTES + 4 * max(p.numel() for p in self._split(1).parameters()))
         memory, host = self._kept(self._states()._asdict(), images, layout)
-        copied = trained - memory.copies - memory.activations - memory.passing if layout.world > 1 else 0
+        copied = bucket - memory.copies - memory.activations - memory.passing if layout.world > 1 else 0
         memory = memory._replace(gathered=max(0, copied))
         return memory, host, [], [ring("all-reduce", trained, layout.world, layout.gpus, hidden=False)]
 
