@@ -61,6 +61,7 @@ class Guard:
         self.spike_deviations = spike_deviations
         self.skipped = self.in_a_row = self.rollbacks = 0
         self.first_bad: int | None = None
+        self._good = False  # the last step
         self._usual: dict[
             str, Tensor
         ] = {}  # by network: steps seen, mean and variance of the logarithm of the norm, (3,)
@@ -116,7 +117,8 @@ class Guard:
             if ready is not None:
                 ready.synchronize()
             applied, norm, loss = told.tolist()
-            if applied:
+            self._good = bool(applied)
+            if self._good:
                 self.in_a_row, self.first_bad = 0, None
                 continue
             self.skipped += 1
@@ -146,7 +148,7 @@ class Guard:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; a good one forgives roll backs."""
-        if not self.in_a_row:
+        if self._good:
             self.rollbacks = 0
         usual = {network: values.tolist() for network, values in self._usual.items()}
         return {"skipped": self.skipped, "in_a_row": self.in_a_row, "first_bad": self.first_bad, "usual": usual}
