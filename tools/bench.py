@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from bench_checkpoint import checkpoint
 from bench_data import data
 from bench_ema import ema
+from bench_guard import guard
 from bench_memory import memory
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -122,6 +123,13 @@ def main() -> None:
     command.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
     command = commands.add_parser("ema", help="what averaging the weights adds to a training step")
     command.set_defaults(run=ema)
+    command.add_argument("overrides", nargs="*", default=["model=dit_b_2"], help="of a recipe, as for dit doctor")
+    command.add_argument("--batch-size", type=int, default=8)
+    command.add_argument("--steps", type=int, default=1, help="in each repeat")
+    command.add_argument("--repeats", type=int, default=5)
+    command.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
+    command = commands.add_parser("guard", help="what watching over the gradients adds to a training step")
+    command.set_defaults(run=guard)
     command.add_argument("overrides", nargs="*", default=["model=dit_b_2"], help="of a recipe, as for dit doctor")
     command.add_argument("--batch-size", type=int, default=8)
     command.add_argument("--steps", type=int, default=1, help="in each repeat")
