@@ -261,14 +261,13 @@ class Run:
         if not self.world.is_first:
             self.tracker = None
         if self.tracker:
-            self.tracker.start(self.folder, self.resolved)
+            self.tracker.start(self.folder, self.resolved, self.step)
         preemption = Preemption(speaks=self.world.is_first)
         recorder = Recorder(
             self.folder / "metrics.jsonl",
             options.max_steps,
             options.batch_size,
             options.log_every_steps,
-            self.tracker,
             self.world,
             self._replaced,
         )
@@ -389,7 +388,7 @@ class Run:
         elif preemption.exit_code is not None:
             self.world.say(f"dit: stopped and saved at step {module.step}; the same command goes on from there")
         if self.tracker:
-            self.tracker.finish(summary)
+            self.tracker.finish()
 
 
 def _shown(subject: Subject, samples: Samples, columns: int) -> Tensor:
