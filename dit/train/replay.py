@@ -195,7 +195,7 @@ def main() -> None:
                     with suppress(OSError):  # half a picture, as a full disk leaves it
                         row["preview"] = wandb.Image(str(path))
                         num_pictures += 1
-                run.log(row, step=step, commit=True)
+                run.log(row, step=step, commit=True)  # W&B's own count is our step, by which it says what it has
             if ended:
                 break
         had = run.summary
