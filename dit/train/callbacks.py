@@ -20,19 +20,17 @@ from dit.train.guard import Bad, NumericError
 from dit.train.lines import append, rewound
 from dit.train.module import DiffusionModule
 from dit.train.preemption import Preemption
-from dit.train.tracker import WandB
 from dit.train.world import World
 
 
 class Recorder(Callback):
-    """Averages the loss between log lines, and writes the lines: metrics.jsonl, the terminal, the tracker.
+    """Averages the loss between log lines, and writes the lines: metrics.jsonl, the terminal.
 
     Args:
         path: the metrics.jsonl, to which lines are appended.
         max_steps: where the run ends, for the time left.
         batch_size: images a step.
         every_steps: a line every so many steps, and after the last.
-        tracker: gets every line too.
         world: the processes over which the loss is averaged; the first one writes.
         beside: what else a line says.
     """
@@ -43,7 +41,6 @@ class Recorder(Callback):
         max_steps: int,
         batch_size: int,
         every_steps: int,
-        tracker: WandB | None,
         world: World,
         beside: Callable[[], dict[str, Any]] = dict,
     ):
@@ -51,7 +48,6 @@ class Recorder(Callback):
         self.max_steps = max_steps
         self.batch_size = batch_size
         self.every_steps = every_steps
-        self.tracker = tracker
         self.world = world
         self.beside = beside
         self.last: dict[str, Any] = {}
@@ -122,8 +118,6 @@ class Recorder(Callback):
             return
         with self.forgiven():
             append(self.path, self.last)
-        if self.tracker:
-            self.tracker.log(self.last)
 
         seconds_left = round((self.max_steps - step) * self.batch_size / rate)
         left = f"{seconds_left // 3600}:{seconds_left // 60 % 60:02d}:{seconds_left % 60:02d}"
@@ -155,7 +149,7 @@ class Preview(Callback):
         draw: () -> uint8 images (N, C, H, W), the same each time but for the weights.
         columns: how many stand side by side.
         every_steps: a picture every so many steps.
-        recorder: whose clock stops meanwhile, and whose tracker gets the picture.
+        recorder: whose clock stops meanwhile.
         preemption: does not wait for a picture.
     """
 
@@ -188,8 +182,6 @@ class Preview(Callback):
                 path = self.folder / f"step-{step:08d}.png"
                 with self.recorder.forgiven():
                     path.write_bytes(encode_png(grid(images, self.columns)))
-                    if self.recorder.tracker:
-                        self.recorder.tracker.image("preview", path, step)
 
     def _drawn(self, module: DiffusionModule) -> Tensor | None:
         """The images, in all processes, as each may have but a share of the weights; None if the run is to stop."""

@@ -265,14 +265,13 @@ class Run:
         if not self.world.is_first:
             self.tracker = None
         if self.tracker:
-            self.tracker.start(self.folder, self.resolved)
+            self.tracker.start(self.folder, self.resolved, self.step)
         preemption = Preemption(self.world.is_first, end_of_job() if self.world.is_first else None)
         recorder = Recorder(
             self.folder / "metrics.jsonl",
             options.max_steps,
             options.batch_size,
             options.log_every_steps,
-            self.tracker,
             self.world,
             lambda: self._left_out(module),
         )
@@ -397,7 +396,7 @@ class Run:
         else:
             self.world.say(f"dit: stopped and saved at step {module.step}; the same command goes on from there")
         if self.tracker:
-            self.tracker.finish(summary)
+            self.tracker.finish()
 
 
 def _shown(subject: Subject, samples: Samples, columns: int) -> Tensor:
