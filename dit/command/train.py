@@ -1,12 +1,15 @@
 """dit train: train a model."""
 
+import os
 import re
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from omegaconf import DictConfig
 
 from dit.command.compose import ConfigError, check_choices, check_least, check_run_name, exit_code_of, user_errors
+from dit.train.goodput import BEGAN
 from dit.train.kind import autoencodes
 
 LEAST: dict[str, float] = {
@@ -41,6 +44,7 @@ CHOICES: dict[str, Sequence[Any]] = {
     "trainer.offload": (True, False),
     "trainer.dry_run": (True, False),
     "trainer.ledger": (True, False),
+    "trainer.poison_step": ("stop", "skip", "retry"),
     "trainer.activation_checkpointing": ("none", "full", "selective"),
 }
 
@@ -80,6 +84,14 @@ def main(cfg: DictConfig) -> int:
 
     Several devices of this machine are given a process each, if no launcher has done so.
     """
+    os.environ.setdefault(BEGAN, repr(time.time()))
+    try:
+        return _main(cfg)
+    finally:
+        os.environ.pop(BEGAN, None)  # another job of a multirun begins later
+
+
+def _main(cfg: DictConfig) -> int:
     if cfg.trainer.dry_run:
         from dit.command.dry_run import report
 
