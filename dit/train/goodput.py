@@ -128,7 +128,7 @@ def _between(start: Mapping[str, Any], step: float) -> float:
 
 def skipped_steps(folder: Path) -> dict[int, dict[str, Any]]:
     """What a run has noted of the steps that were left out, or that a roll back undid, by step."""
-    found = {}
+    found: dict[int, dict[str, Any]] = {}
     path = folder / "skipped.jsonl"
     if path.exists():
         for line in path.read_text().splitlines():
