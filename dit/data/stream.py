@@ -97,7 +97,9 @@ class Stream(Source):
                 f"data.path={paths}"
             )
         if encoded and crop == "random":
-            raise ValueError("data.crop=random, but encoded shards are cropped already: take data.crop=centre")
+            raise ValueError(
+                "data.crop=random, but encoded shards are cropped already (data.encoded=true): take data.crop=centre"
+            )
         if len(set(paths)) < len(paths):
             raise ValueError(f"data.path={paths} names a folder twice: take data.order=resampled and data.weights")
         if max_bad > 1:
