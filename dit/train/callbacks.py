@@ -21,6 +21,7 @@ from dit.train.checkpoint import Saver
 from dit.train.module import DiffusionModule
 from dit.train.preemption import EXIT_CODES, Preemption
 from dit.train.tracker import WandB
+from dit.train.watchdog import Watchdog
 from dit.train.world import World
 
 
@@ -35,6 +36,7 @@ class Recorder(Callback):
         tracker: gets every line too.
         world: the processes over which the loss is averaged; the first one writes.
         beside: what else a line says.
+        watchdog: is told what happens beside the steps.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Recorder(Callback):
         tracker: WandB | None,
         world: World,
         beside: Callable[[], dict[str, Any]] = dict,
+        watchdog: Watchdog | None = None,
     ):
         self.path = path
         self.max_steps = max_steps
@@ -54,6 +57,7 @@ class Recorder(Callback):
         self.tracker = tracker
         self.world = world
         self.beside = beside
+        self.mark = watchdog.at if watchdog else lambda phase, step=None: None
         self.last: dict[str, Any] = {}
         self.loss_sum = torch.zeros(())
         self.num_losses = 0
@@ -180,6 +184,7 @@ class Preview(Callback):
         """Draw where a picture is due, and after the last step."""
         step = pl_module.step
         if step % self.every_steps == 0 or step == self.recorder.max_steps:
+            self.recorder.mark("preview")
             with self.recorder.paused():
                 images = self.draw()  # in all processes, as each may have but a share of the weights
                 if not self.recorder.world.is_first:
@@ -258,9 +263,11 @@ class Checkpoints(Callback):
             pl_module.strategy.saved(pl_module)
             self._checked = True
         step = pl_module.step
+        self.recorder.mark("agree", step)
         if stop := self.recorder.world.most(self.preemption.exit_code or 0) > 0:  # in one process at least
             self.preemption.exit_code = self.preemption.exit_code or EXIT_CODES[signal.SIGTERM]
         last = stop or step == self.recorder.max_steps
+        self.recorder.mark("save")
         with self.recorder.paused():
             if self.snapshooter and self.snapshot_every_steps and step % self.snapshot_every_steps == 0:
                 self.snapshooter.save(step, pl_module.strategy.saved(pl_module, averages_only=True), {"step": step})

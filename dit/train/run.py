@@ -24,7 +24,8 @@ from dit.train.devices import layout_of, settled
 from dit.train.encoding import check_encoded, identity
 from dit.train.same import differences
 from dit.train.strategy import Strategy
-from dit.train.world import World
+from dit.train.watchdog import Watchdog
+from dit.train.world import Lost, World, is_connection
 from dit.weights.convert import fitted
 
 if TYPE_CHECKING:  # importing lightning takes seconds, which a mistake in the configuration need not wait for
@@ -58,9 +59,9 @@ class Run:
         self.layout = layout_of(cfg.trainer, self.world)
         self.data, self.parts, self.objective, denoiser, strategy, self.num_micro_batches = checked(cfg, self.layout)
         self.tracker = build(cfg.logger)
-        self.device = (
-            torch.device("cuda", self.world.local_rank) if cfg.trainer.accelerator == "gpu" else torch.device("cpu")
-        )
+        self.device = self.world.device("cuda" if cfg.trainer.accelerator == "gpu" else "cpu")
+        self.folder = Path(cfg.runs_dir) / cfg.run
+        self.watchdog = Watchdog(self.world, self.folder, cfg.trainer.timeout_seconds)
         self._lock: TextIO | None = None
         try:
             self._meet(denoiser, strategy)
@@ -71,7 +72,9 @@ class Run:
     def _meet(self, denoiser: Any, strategy: type[Strategy]) -> None:
         """Connect the processes, and check what is on this machine: data, devices, the folder."""
         if self.world.size > 1 or strategy.needs_group:
-            self.world.join(self.device.type)
+            self.world.join(self.device.type, self.cfg.trainer.timeout_seconds)
+        if self.world.size > 1:
+            self.watchdog.start()
         self._check_data()  # before the optimizer, whose making takes seconds
         if self.cfg.metric:
             self.data.check_images()
@@ -90,7 +93,6 @@ class Run:
                 print(f"dit: WARNING: captions were read by {text}, but prompts will be by {self.cfg.condition.name}")
         if self.cfg.metric:
             check(build(self.cfg.metric), self.parts.subject(denoiser, self.latent, seed=self.cfg.seed, batch_size=1))
-        self.folder = Path(self.cfg.runs_dir) / self.cfg.run
         begins = not checkpoint.committed(self.folder / "checkpoints")
         self.init = self._initial(denoiser.network) if self.cfg.init and begins else None
         self.resolved = OmegaConf.to_container(self.cfg, resolve=True)
@@ -146,6 +148,7 @@ class Run:
         """Give the folder, and the connection of the processes, back."""
         if self._lock:
             self._lock.close()
+        self.watchdog.stop()
         self.world.leave()
 
     def _check_same(self, resume_from: Path) -> None:
@@ -215,6 +218,11 @@ class Run:
             )
             self.world.once(self._prepare_folder)
             return self._train()
+        except RuntimeError as error:
+            if self.world.size > 1 and is_connection(error):
+                who = self.watchdog.culprit() or "another process is gone, or does not answer"
+                raise Lost(f"{who} ({' '.join(str(error).split())[:160]})") from error
+            raise
         finally:
             self._leave()
 
@@ -231,7 +239,7 @@ class Run:
 
         from dit.train.callbacks import Checkpoints, Preview, Recorder
         from dit.train.module import DiffusionModule
-        from dit.train.preemption import Preemption
+        from dit.train.preemption import Preemption, unheard
 
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         warnings.filterwarnings(
@@ -261,7 +269,8 @@ class Run:
         if not self.world.is_first:
             self.tracker = None
         if self.tracker:
-            self.tracker.start(self.folder, self.resolved)
+            with unheard():  # its helper would die of a scheduler's signals
+                self.tracker.start(self.folder, self.resolved)
         preemption = Preemption(speaks=self.world.is_first)
         recorder = Recorder(
             self.folder / "metrics.jsonl",
@@ -271,6 +280,7 @@ class Run:
             self.tracker,
             self.world,
             self._replaced,
+            self.watchdog,
         )
         columns = min(10, self.parts.condition.sizes.get("num_classes", 10))
         preview_of = self._preview_of(columns)
@@ -314,11 +324,14 @@ class Run:
         )
         # Lightning would wait for the device at each step to hear whether a signal came; `Preemption` listens.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        self.watchdog.start()
         share = {"rank": self.strategy.data_rank, "world_size": self.strategy.data_size}
         batches = self.data.batches(options.batch_size, cfg.seed, self.step, lanes=options.lanes, **share)
         # Closing ends the data's workers, which leave signals to us, and a save that is under way.
         with preemption, closing(checkpoints), closing(batches):
-            trainer.fit(module, itertools.islice(batches, options.max_steps - self.step))
+            fed = self.watchdog.fed(batches, lambda: module.step)
+            trainer.fit(module, itertools.islice(fed, options.max_steps - self.step))
         return preemption.exit_code if module.step < options.max_steps else None
 
     def _processes(self) -> dict[str, Any]:
@@ -367,6 +380,7 @@ class Run:
     ) -> None:
         """Evaluate and sum up a run that reached its end."""
         summary: dict[str, Any] = {}
+        self.watchdog.at("end", module.step)
         preemption.leave_at_once()
         if module.step >= self.cfg.trainer.max_steps:
             summary = {
