@@ -150,7 +150,7 @@ def test_marks_make_the_place():
 
 def test_the_timeout_is_checked(tiny):
     for value in ("0", "-1", "0.5"):
-        with pytest.raises(ValueError, match="trainer.timeout_seconds"):
+        with pytest.raises(ValueError, match=r"trainer\.timeout_seconds"):
             check(compose("train", tiny(f"trainer.timeout_seconds={value}")))
     check(compose("train", tiny("trainer.timeout_seconds=null")))
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from dit.train.preemption import ECHO_SECONDS, EXIT_CODES, leave_at_once, unheard
+from dit.data.unheard import unheard
+from dit.train.preemption import ECHO_SECONDS, EXIT_CODES, leave_at_once
 
 GRACE_SECONDS = 5.0  # for the others to end by themselves once one has failed
 STOP_SECONDS = 600.0  # and once one has been stopped by a signal, as all are, and has ended before the others
@@ -43,13 +44,8 @@ def launch(work: Callable[[Any], int], argument: Any, num_processes: int) -> int
 
     asked: list[float] = []  # when signals came that ask to stop
     insisted: list[int] = []  # those that came again
-    early: list[int] = []  # those that came before the processes were there
-    started = False
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        if not started:
-            early.append(signum)
-            return
         if asked and time.monotonic() - asked[0] > ECHO_SECONDS:  # some may wait for each other, and hear nothing
             print("\ndit: stopped at once", file=sys.stderr)
             insisted.append(signum)
@@ -57,9 +53,6 @@ def launch(work: Callable[[Any], int], argument: Any, num_processes: int) -> int
         elif signum == signal.SIGINT:
             signum = 0  # a terminal sends it to the processes, too
         asked.append(time.monotonic())
-        tell(signum)
-
-    def tell(signum: int) -> None:
         for process in processes:
             if signum and process.pid and process.is_alive():
                 os.kill(process.pid, signum)
@@ -67,15 +60,11 @@ def launch(work: Callable[[Any], int], argument: Any, num_processes: int) -> int
     here = threading.current_thread() is threading.main_thread()
     before = {signum: signal.getsignal(signum) for signum in EXIT_CODES} if here else {}
     try:
-        for signum in before:
-            signal.signal(signum, stop)
         with unheard():  # by the server, and by those it forks until they are ready to hear
             for process in processes:
                 process.start()
-        started = True
-        if early:
-            asked.append(time.monotonic())
-            tell(early[-1])
+        for signum in before:  # until here a signal ends this process, and with it the others
+            signal.signal(signum, stop)
         code, cause = _first_code(processes)
         if insisted:
             return 128 + insisted[0]

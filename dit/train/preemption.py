@@ -4,8 +4,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75}  # 75: start me again
@@ -36,16 +34,6 @@ def _leave_now(signum: int, frame: FrameType | None) -> None:
     if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == "0":
         os.write(2, b"dit: stopped before training began; the same command starts again\n")
     os._exit(EXIT_CODES[signal.Signals(signum)])  # not by an exception, which an import may catch
-
-
-@contextmanager
-def unheard() -> Iterator[None]:
-    """Programs started within never hear of the signals, which a scheduler sends to every process of a job."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, set(EXIT_CODES))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Preemption:

@@ -16,6 +16,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from dit.data.unheard import unheard
 from dit.metric.subject import Samples, Subject, check
 from dit.train import checkpoint
 from dit.train.build import build
@@ -239,7 +240,7 @@ class Run:
 
         from dit.train.callbacks import Checkpoints, Preview, Recorder
         from dit.train.module import DiffusionModule
-        from dit.train.preemption import Preemption, unheard
+        from dit.train.preemption import Preemption
 
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         warnings.filterwarnings(
