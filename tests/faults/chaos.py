@@ -196,7 +196,7 @@ def final(cfg):
     return {
         f"{group}/{name}": value
         for group in ("model", "ema", "optimizer")
-        for name, value in checkpoint.load_weights(path, group).items()
+        for name, value in sorted(checkpoint.load_weights(path, group).items())
     }
 
 
