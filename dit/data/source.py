@@ -151,5 +151,5 @@ class Source(ABC):
 
 def _leave_signals_to_the_parent(worker: int) -> None:
     """Ctrl-C and a scheduler's signals reach every process, but only the parent decides when to stop."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_IGN)

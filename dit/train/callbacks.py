@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +18,7 @@ from dit.data.image import encode_png, grid
 from dit.train import checkpoint
 from dit.train.checkpoint import Saver
 from dit.train.module import DiffusionModule
-from dit.train.preemption import EXIT_CODES, Preemption
+from dit.train.preemption import Preemption
 from dit.train.tracker import WandB
 from dit.train.world import World
 
@@ -165,14 +164,24 @@ class Preview(Callback):
         columns: how many stand side by side.
         every_steps: a picture every so many steps.
         recorder: whose clock stops meanwhile, and whose tracker gets the picture.
+        preemption: does not wait for a picture.
     """
 
-    def __init__(self, folder: Path, draw: Callable[[], Tensor], columns: int, every_steps: int, recorder: Recorder):
+    def __init__(
+        self,
+        folder: Path,
+        draw: Callable[[], Tensor],
+        columns: int,
+        every_steps: int,
+        recorder: Recorder,
+        preemption: Preemption,
+    ):
         self.folder = folder
         self.draw = draw
         self.columns = columns
         self.every_steps = every_steps
         self.recorder = recorder
+        self.preemption = preemption
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: DiffusionModule, outputs: Any, batch: Any, batch_idx: int
@@ -181,14 +190,33 @@ class Preview(Callback):
         step = pl_module.step
         if step % self.every_steps == 0 or step == self.recorder.max_steps:
             with self.recorder.paused():
-                images = self.draw()  # in all processes, as each may have but a share of the weights
-                if not self.recorder.world.is_first:
+                images = self._drawn(pl_module)
+                if images is None or not self.recorder.world.is_first:
                     return
                 path = self.folder / f"step-{step:08d}.png"
                 with self.recorder.forgiven():
                     path.write_bytes(encode_png(grid(images, self.columns)))
                     if self.recorder.tracker:
                         self.recorder.tracker.image("preview", path, step)
+
+    def _drawn(self, module: DiffusionModule) -> Tensor | None:
+        """The images, in all processes, as each may have but a share of the weights; None if the run is to stop."""
+
+        def look(*_: Any) -> None:
+            if self.recorder.world.most(self.preemption.exit_code or 0):
+                raise _Stopped
+
+        hook = module.denoiser.register_forward_pre_hook(look)
+        try:
+            return self.draw()
+        except _Stopped:
+            return None
+        finally:
+            hook.remove()
+
+
+class _Stopped(Exception):
+    """A picture is not waited for."""
 
 
 class Checkpoints(Callback):
@@ -254,19 +282,21 @@ class Checkpoints(Callback):
         self, trainer: Trainer, pl_module: DiffusionModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Commit a checkpoint where one is due; leave if asked to."""
+        assert self.saver
         if not self._checked:  # what cannot be saved is said after the first step
-            pl_module.strategy.saved(pl_module)
+            self.saver.expect(pl_module.strategy.saved(pl_module))
             self._checked = True
         step = pl_module.step
-        if stop := self.recorder.world.most(self.preemption.exit_code or 0) > 0:  # in one process at least
-            self.preemption.exit_code = self.preemption.exit_code or EXIT_CODES[signal.SIGTERM]
+        self.preemption.look_at_clock(self.saver.save_seconds)
+        # The one message of a step that asks no device: what one process has heard, all do.
+        self.preemption.exit_code = self.recorder.world.most(self.preemption.exit_code or 0) or None
+        stop = self.preemption.exit_code is not None
         last = stop or step == self.recorder.max_steps
         with self.recorder.paused():
             if self.snapshooter and self.snapshot_every_steps and step % self.snapshot_every_steps == 0:
                 self.snapshooter.save(step, pl_module.strategy.saved(pl_module, averages_only=True), {"step": step})
             if last or step % self.every_steps == 0:
                 state = {"step": step, "recorder": self.recorder.state()}
-                assert self.saver
                 self.saver.save(step, pl_module.strategy.saved(pl_module), state, wait=last)
             if last and self.snapshooter:
                 self.snapshooter.wait()

@@ -51,6 +51,7 @@ STATE = "state.json"
 METADATA = ".metadata"
 LATEST = "latest"
 FORMAT = 1
+SLOW_BYTES = 2e8  # a second, of a disk that is slow and hashed
 UNREADABLE = (
     OSError,
     ValueError,
@@ -88,6 +89,7 @@ class Saver:
 
     Attributes:
         stall_seconds: for how long callers have waited for its methods.
+        save_seconds: the longest that a save has taken, from its beginning to its commit.
         problem: why the last save failed; None if it did not.
     """
 
@@ -106,6 +108,7 @@ class Saver:
         self.keep_every_steps = keep_every_steps
         self.asynchronous = asynchronous
         self.stall_seconds = 0.0
+        self.save_seconds = 0.0
         self.problem: str | None = None
         # A group of its own, since the thread's messages must not mix with those of training.
         self.group: Any = None
@@ -133,6 +136,7 @@ class Saver:
             CheckpointError: if it was waited for, and could not be written.
         """
         self.wait()
+        began = time.perf_counter()
         with self._stalling():
             text = json.dumps(state, indent=1) + "\n"
             named = _named(tensors)
@@ -141,16 +145,21 @@ class Saver:
             plan = self._plan_of(named)
             parts = {name: _part(value) for name, value in named.items()}
             if self.asynchronous and not wait:
-                arguments = (step, plan, self._staged(parts), text)
+                arguments = (step, plan, self._staged(parts), text, began)
                 self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
                 self._thread.start()
                 return
-            self._write(step, plan, parts, text, alert=not wait)
+            self._write(step, plan, parts, text, began, alert=not wait)
         if wait and self.problem:
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written ({self.problem}): mend that, and the same command "
                 "goes on from the one before"
             )
+
+    def expect(self, tensors: Tensors) -> None:
+        """Guess how long a save of these takes, before there has been one."""
+        num_bytes = sum(_part(value).nbytes for values in tensors.values() for value in values.values())
+        self.save_seconds = max(self.save_seconds, num_bytes / SLOW_BYTES)
 
     @property
     def busy(self) -> bool:
@@ -191,7 +200,9 @@ class Saver:
         self._buffers = buffers
         return buffers
 
-    def _write(self, step: int, plan: SavePlan, parts: dict[str, Tensor], state: str, *, alert: bool = True) -> None:
+    def _write(
+        self, step: int, plan: SavePlan, parts: dict[str, Tensor], state: str, began: float, *, alert: bool = True
+    ) -> None:
         """Write and commit; what goes wrong, on whichever rank, is the problem of all."""
         final = self.root / f"step-{step:08d}"
         partial = final.with_suffix(".tmp")
@@ -228,6 +239,7 @@ class Saver:
             self.problem = None
         finally:
             torch.serialization.set_crc32_options(crc32)
+            self.save_seconds = max(self.save_seconds, time.perf_counter() - began)
 
     def _agreed(self, function: Callable[[], Any]) -> list[Any]:
         """What a function returns on each rank; where it fails on one, it fails on all."""

@@ -1,26 +1,35 @@
-"""Signals that ask a run to stop."""
+"""What asks a run to stop: signals, and the time limit of its SLURM job."""
 
 import os
 import signal
+import subprocess
 import time
+from collections.abc import Mapping
+from datetime import datetime
 from types import FrameType
 
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}  # 75: start me again
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75}  # 75: start me again
+AGAIN = 75
 ECHO_SECONDS = 1.0  # one sent to a group of processes comes again from whoever forwards it
+LEAST_SECONDS = 15.0  # what leaving takes besides the save
 
 
 class Preemption:
-    """Within a `with`, notes SIGINT and SIGTERM, for the run to finish its step, save and leave; a second one kills.
+    """Within a `with`, notes SIGINT, SIGTERM and SIGUSR1, for the run to finish its step, save and leave.
+
+    The handlers only set a flag, which the processes of a run compare after each step. SIGINT or SIGTERM again kills.
 
     Args:
         speaks: whether to say so; of several processes one does.
+        ends_at: when the job's time is up, in seconds since the epoch; None: there is no limit.
 
     Attributes:
-        exit_code: of the signal that came; None while none has.
+        exit_code: of what asked to stop; None while nothing has.
     """
 
-    def __init__(self, speaks: bool = True) -> None:
+    def __init__(self, speaks: bool = True, ends_at: float | None = None) -> None:
         self.exit_code: int | None = None
+        self.ends_at = ends_at
         self._speaks = speaks
         self._noted: float | None = None
 
@@ -43,15 +52,44 @@ class Preemption:
         for signum in EXIT_CODES:
             signal.signal(signum, self._leave)
 
+    def look_at_clock(self, save_seconds: float) -> None:
+        """Ask to stop if the time left is but enough for two saves, each of so many seconds."""
+        if self.ends_at is None or self.exit_code is not None:
+            return
+        left = self.ends_at - time.time()
+        if left < 2 * save_seconds + LEAST_SECONDS:
+            self.exit_code = AGAIN
+            self._say(f"the job's time is up in {max(0.0, left):.0f} s")
+
+    def _say(self, why: str) -> None:
+        if self._speaks:
+            print(f"\ndit: stopping after this step ({why}); once more to stop at once", flush=True)
+
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self._noted is None:
             self._noted = time.monotonic()
             self.exit_code = EXIT_CODES[signal.Signals(signum)]
-            if self._speaks:
-                print("\ndit: stopping after this step; once more to stop at once", flush=True)
-        elif time.monotonic() - self._noted > ECHO_SECONDS:
+            self._say(signal.Signals(signum).name)
+        elif time.monotonic() - self._noted > ECHO_SECONDS and signum != signal.SIGUSR1:  # SLURM may repeat that one
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
 
     def _leave(self, signum: int, frame: FrameType | None) -> None:
         raise SystemExit(EXIT_CODES[signal.Signals(signum)])
+
+
+def end_of_job(environment: Mapping[str, str] = os.environ) -> float | None:
+    """When the time of this SLURM job is up, in seconds since the epoch; None: there is no job, limit or answer.
+
+    Recent versions of SLURM say so in the environment; squeue does in all.
+    """
+    if ends := environment.get("SLURM_JOB_END_TIME"):
+        return float(ends) if ends.isdecimal() else None
+    if "SLURM_JOB_ID" not in environment:
+        return None
+    command = ["squeue", "--noheader", f"--jobs={environment['SLURM_JOB_ID']}", "--format=%e"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+        return datetime.fromisoformat(answer.split()[0]).timestamp()
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):  # also of NONE, or no such job any more
+        return None

@@ -231,7 +231,7 @@ class Run:
 
         from dit.train.callbacks import Checkpoints, Preview, Recorder
         from dit.train.module import DiffusionModule
-        from dit.train.preemption import Preemption
+        from dit.train.preemption import Preemption, end_of_job
 
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         warnings.filterwarnings(
@@ -262,7 +262,7 @@ class Run:
             self.tracker = None
         if self.tracker:
             self.tracker.start(self.folder, self.resolved)
-        preemption = Preemption(speaks=self.world.is_first)
+        preemption = Preemption(self.world.is_first, end_of_job() if self.world.is_first else None)
         recorder = Recorder(
             self.folder / "metrics.jsonl",
             options.max_steps,
@@ -280,6 +280,7 @@ class Run:
             columns,
             options.preview_every_steps,
             recorder,
+            preemption,
         )
         checkpoints = Checkpoints(
             self.folder / "checkpoints",
@@ -319,7 +320,7 @@ class Run:
         # Closing ends the data's workers, which leave signals to us, and a save that is under way.
         with preemption, closing(checkpoints), closing(batches):
             trainer.fit(module, itertools.islice(batches, options.max_steps - self.step))
-        return preemption.exit_code if module.step < options.max_steps else None
+        return preemption.exit_code
 
     def _processes(self) -> dict[str, Any]:
         """What Lightning is told of them: that they are there already; what is divided among them is our affair."""
@@ -367,8 +368,9 @@ class Run:
     ) -> None:
         """Evaluate and sum up a run that reached its end."""
         summary: dict[str, Any] = {}
-        preemption.leave_at_once()
-        if module.step >= self.cfg.trainer.max_steps:
+        preemption.exit_code = self.world.most(preemption.exit_code or 0) or None
+        if preemption.exit_code is None:
+            preemption.leave_at_once()
             summary = {
                 "step": module.step,
                 "loss": recorder.last.get("loss"),
@@ -386,7 +388,7 @@ class Run:
             if self.world.is_first:
                 _write(self.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
                 _report(self.folder, summary)
-        elif preemption.exit_code is not None:
+        else:
             self.world.say(f"dit: stopped and saved at step {module.step}; the same command goes on from there")
         if self.tracker:
             self.tracker.finish(summary)
