@@ -10,6 +10,7 @@ do not resolve, and `kill` ends their slurmd alone. Nothing is written outside t
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ from getpass import getuser
 from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
+UNSHARE = ("unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
 SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 
 CONFIGURATION = """\
@@ -53,7 +55,7 @@ SlurmdParameters=config_overrides
 # A job in `high` has jobs in `main` requeued, after the signal of their --signal and GraceTime.
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-{preemption}
+SlurmctldParameters=preempt_send_user_signal
 JobRequeue=1
 # A node that is silent for SlurmdTimeout is looked for, and noticed as lost after about 2.5 times as long.
 SlurmdTimeout=5
@@ -128,12 +130,19 @@ class Cluster:
         shutil.rmtree(self.root, ignore_errors=True)
         for name in ("etc", "state", "spool", "log", "run", "dev"):
             (self.root / name).mkdir(parents=True)
-        if subprocess.run("unshare --mount --uts --pid --fork --mount-proc true".split(), capture_output=True).returncode == 0:
+        if not subprocess.run([*UNSHARE, "true"], capture_output=True).returncode:
             (self.root / "namespaces").touch()
         self._configure()
         run = self.root / "run"
-        self._begin("munged", "--force", f"--key-file={self.root}/etc/munge.key", f"--socket={run}/munge.socket",
-                    f"--pid-file={run}/munged.pid", f"--log-file={self.root}/log/munged.log", f"--seed-file={run}/munged.seed").wait()
+        self._begin(
+            "munged",
+            "--force",
+            f"--key-file={self.root}/etc/munge.key",
+            f"--socket={run}/munge.socket",
+            f"--pid-file={run}/munged.pid",
+            f"--log-file={self.root}/log/munged.log",
+            f"--seed-file={run}/munged.seed",
+        ).wait()
         self._begin("slurmctld", "-c").wait()
         for name in self.names:
             self.boot(name)
@@ -153,24 +162,24 @@ class Cluster:
                 time.sleep(0.2)
         for signum in (signal.SIGTERM, signal.SIGKILL):
             for pid in self._processes():
-                os.kill(pid, signum)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signum)
             until = time.monotonic() + 5
             while self._processes() and time.monotonic() < until:
                 time.sleep(0.1)
 
     def kill(self, name: str) -> None:
         """A node's power fails; without namespaces its slurmd ends, and no more."""
-        for pid in self._processes():
-            words = _words(pid)
-            if f"node-init:{name}" in words and words[0] == "bash" or words[-2:] == ["-N", name] and not self.namespaces:
+        for pid, words in self._processes().items():
+            first = words[0] == "bash" and f"node-init:{name}" in words  # the rest of the node goes with it
+            if first or (not self.namespaces and words[-2:] == ["-N", name]):
                 os.kill(pid, signal.SIGKILL)
 
     def boot(self, name: str) -> None:
         """Start a node."""
         (self.root / "spool" / name).mkdir(exist_ok=True)
         if self.namespaces:
-            own = "unshare --mount --uts --pid --fork --kill-child --mount-proc bash -c".split()
-            self._begin(*own, NODE, f"node-init:{name}", str(self.root), name)
+            self._begin(*UNSHARE, "bash", "-c", NODE, f"node-init:{name}", str(self.root), name)
         else:
             self._begin("slurmd", "-D", "-N", name)
 
@@ -179,22 +188,30 @@ class Cluster:
         null = subprocess.DEVNULL
         path = shutil.which(command[0], path=self._daemon_env["PATH"])
         return subprocess.Popen(
-            [path, *command[1:]], env=self._daemon_env, cwd="/", stdin=null, stdout=null, stderr=null, start_new_session=True
+            [path, *command[1:]],
+            env=self._daemon_env,
+            cwd="/",
+            stdin=null,
+            stdout=null,
+            stderr=null,
+            start_new_session=True,
         )
 
-    def _processes(self) -> list[int]:
-        """Daemons and nodes of this cluster that are alive."""
-        found = []
+    def _processes(self) -> dict[int, list[str]]:
+        """Daemons and nodes of this cluster that are alive, with their command lines."""
+        found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                name, state = (folder / "comm").read_text().strip(), (folder / "stat").read_text().rpartition(")")[2].split()[0]
-                words, env = _words(int(folder.name)), (folder / "environ").read_bytes().decode(errors="replace").split("\0")
-            except (OSError, ValueError):  # it has ended, or is another's
+                name, words = (folder / "comm").read_text().strip(), _split(folder / "cmdline")
+                env, state = _split(folder / "environ"), (folder / "stat").read_text().rpartition(")")[2].split()[0]
+            except OSError:  # it has ended, or is another's
                 continue
-            mine = f"SLURM_CONF={self.conf}" in env or any(f"{self.root}/" in word for word in words)
             node = any(word.startswith("node-init:") for word in words) and str(self.root) in words
-            if state != "Z" and (node or (mine and name.startswith(("slurmd", "slurmctld", "slurmstepd", "munged")))):
-                found.append(int(folder.name))
+            daemon = name.startswith(("slurm", "munged")) and (
+                f"SLURM_CONF={self.conf}" in env or any(f"{self.root}/" in word for word in words)
+            )
+            if state != "Z" and (node or daemon):
+                found[int(folder.name)] = words
         return found
 
     def _configure(self) -> None:
@@ -208,8 +225,8 @@ class Cluster:
             address = f"127.0.1.{11 + i}" if self.namespaces else "127.0.0.1"
             hosts.append(f"{address} {name}")
             nodes.append(
-                f"NodeName={name} NodeHostname={name if self.namespaces else host} NodeAddr={address} Port={port + 1 + i} "
-                "CPUs=8 RealMemory=64000 Gres=gpu:2 State=UNKNOWN"
+                f"NodeName={name} NodeHostname={name if self.namespaces else host} NodeAddr={address} "
+                f"Port={port + 1 + i} CPUs=8 RealMemory=64000 Gres=gpu:2 State=UNKNOWN"
             )
         (etc / "hosts").write_text("\n".join(hosts) + "\n")
         for i in range(2):
@@ -217,15 +234,17 @@ class Cluster:
         (etc / "gres.conf").write_text(f"Name=gpu File={self.root}/dev/gpu[0-1]\n")
         # Job ids differ from those of an earlier cluster, as logs are named by them.
         first, user = int(time.time()) % 60_000_000 + 1, getuser()
-        preemption = "SlurmctldParameters=preempt_send_user_signal"
         self.conf.write_text(
-            CONFIGURATION.format(host=host, user=user, first_job=first, root=self.root, port=port, preemption=preemption, nodes="\n".join(nodes))
+            CONFIGURATION.format(
+                host=host, user=user, first_job=first, root=self.root, port=port, nodes="\n".join(nodes)
+            )
         )
         (self.root / "env.sh").write_text(f"export SLURM_CONF={self.conf}\n")
 
 
-def _words(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
+def _split(path: Path) -> list[str]:
+    """Words or variables of a process, of a file in /proc."""
+    return path.read_bytes().decode(errors="replace").rstrip("\0").split("\0")
 
 
 def _free_ports(number: int) -> int:
