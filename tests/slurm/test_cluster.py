@@ -185,6 +185,20 @@ def lines(folder, run, runs_dir="runs"):
     return [(line["step"], line["loss"]) for line in found]
 
 
+def ledger(folder, run):
+    """What each process saw at each step in the end, with its exact loss; and by rank, what was done again: (from, to)."""
+    found, again = {}, {}
+    for path in (folder / "runs" / run / "ledger").glob("rank-*.jsonl"):
+        last = 0
+        for line in map(json.loads, path.read_text().splitlines()):
+            found[path.stem, line["step"]] = line["keys"], line["loss"], line["applied"]
+            assert line["step"] <= last + 1, f"{path}: a step is lost before {line}"
+            if line["step"] <= last:
+                again.setdefault(path.stem, []).append((line["step"], last))
+            last = line["step"]
+    return found, again
+
+
 STEPS = 300  # of the run that is disturbed
 LIMITED = 1000  # of the one whose job may take two minutes; too many for it
 
@@ -193,7 +207,8 @@ LIMITED = 1000  # of the one whose job may take two minutes; too many for it
 def undisturbed(recipe):
     """The same run in two processes of this machine, without SLURM."""
     folder, env, overrides = recipe
-    words = overrides("local", "trainer=fsdp", "trainer.devices=2", "logger=none", steps=STEPS)
+    more = ["trainer=fsdp", "trainer.devices=2", "logger=none", "trainer.ledger=true"]
+    words = overrides("local", *more, steps=STEPS)
     done = subprocess.run(
         [sys.executable, "-m", "dit", "train", *words],
         env={**os.environ, **env},
@@ -239,12 +254,12 @@ def test_two_nodes_train_to_the_losses_of_two_processes(cluster, recipe, undistu
 
 def test_whatever_happens_the_run_goes_on_by_itself(cluster, recipe, beside, undisturbed):
     folder, env, overrides = recipe
-    words = overrides("disturbed", "trainer=fsdp", "logger=wandb", steps=STEPS)
+    words = overrides("disturbed", "trainer=fsdp", "logger=wandb", "trainer.ledger=true", steps=STEPS)
     script = ROOT / "slurm" / "train.sbatch"
     job = Job(
         cluster, folder, "--nodes=2", "--time=30", script, *words, **env, SLOW_SECONDS="0.1", WANDB_MODE="offline"
     )
-    done, identity = 0, set()
+    done, identity, killed = 0, set(), []
 
     def runs():
         return job.state == "RUNNING" and len(lines(folder, "disturbed")) > done + 10
@@ -254,7 +269,9 @@ def test_whatever_happens_the_run_goes_on_by_itself(cluster, recipe, beside, und
 
     def lose():
         cluster.kill("node2")
-        job.wait(lambda: "down" in cluster.run("sinfo", "-h", "-n", "node2", "-o", "%T"))
+        killed.append(len(lines(folder, "disturbed")))
+        before = job.restarts
+        job.wait(lambda: job.restarts > before)  # once SLURM has noticed
         cluster.boot("node2")
 
     events = {
@@ -275,6 +292,11 @@ def test_whatever_happens_the_run_goes_on_by_itself(cluster, recipe, beside, und
     identity.add((folder / "runs" / "disturbed" / "wandb-id").read_text())
     assert len(identity) == 1
     assert lines(folder, "disturbed") == undisturbed
+    found, again = ledger(folder, "disturbed")
+    assert found == ledger(folder, "local")[0] and len(found) == 2 * STEPS
+    for repeated in again.values():  # only what the lost node had not committed yet, at every 20th step
+        [(first, last)] = repeated
+        assert killed and killed[0] - 2 <= last <= killed[0] + 2 and first > last - 40
     assert json.loads((folder / "runs" / "disturbed" / "summary.json").read_text())["step"] == STEPS
 
 
