@@ -301,6 +301,7 @@ def test_the_final_figures_are_those_of_the_issue(config):
     assert summary["frechet_noise"] > 20 * summary["frechet_floor"]
 
 
+@pytest.mark.slow
 def test_wandb_is_offline_when_nobody_is_logged_in(config, monkeypatch):
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
@@ -314,12 +315,12 @@ def test_wandb_is_offline_when_nobody_is_logged_in(config, monkeypatch):
     assert (folder / "wandb-id").read_text() == identity
 
 
-def test_wandb_out_of_reach_does_not_stop_a_run(config, monkeypatch, capsys):
+def test_wandb_out_of_reach_does_not_stop_a_run(config, monkeypatch, capfd):
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # a closed port
     assert len(train(config("logger=wandb"))) == 12
-    assert "does not answer" in capsys.readouterr().out
+    assert "Connection refused; training is not affected, and `dit sync run=digits" in capfd.readouterr().out
 
 
 def test_a_run_begins_with_the_weights_it_is_given(config, tmp_path):

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from bench_checkpoint import checkpoint
 from bench_data import data
 from bench_ema import ema
+from bench_goodput import goodput
+from bench_guard import guard
 from bench_memory import memory
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -127,6 +129,13 @@ def main() -> None:
     command.add_argument("--steps", type=int, default=1, help="in each repeat")
     command.add_argument("--repeats", type=int, default=5)
     command.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
+    command = commands.add_parser("guard", help="what watching over the gradients adds to a training step")
+    command.set_defaults(run=guard)
+    command.add_argument("overrides", nargs="*", default=["model=dit_b_2"], help="of a recipe, as for dit doctor")
+    command.add_argument("--batch-size", type=int, default=8)
+    command.add_argument("--steps", type=int, default=1, help="in each repeat")
+    command.add_argument("--repeats", type=int, default=5)
+    command.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
     command = commands.add_parser("memory", help="bytes of a rank under FSDP2, beside one process's and the predicted")
     command.set_defaults(run=memory)
     command.add_argument("overrides", nargs="*", default=["model=dit_b_2"], help="of a recipe, as for dit doctor")
@@ -139,6 +148,12 @@ def main() -> None:
     command.add_argument("--steps", type=int, default=200, help="of a small network, that are timed alone")
     command.add_argument("--repeats", type=int, default=5)
     command.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
+    command = commands.add_parser("goodput", help="what is left of a run's time when faults befall it")
+    command.set_defaults(run=goodput)
+    command.add_argument("overrides", nargs="*", help="of the digits' recipe, as for dit train")
+    command.add_argument("--minutes", type=float, default=30)
+    command.add_argument("--faults", type=int, default=3)
+    command.add_argument("--threads", type=int, default=1, help="of torch in this process")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.run(options)

@@ -30,7 +30,10 @@ OmegaConf.register_new_resolver("divide", lambda a, b: a // b, replace=True)
 
 
 MOST = 10**15  # no count is larger
-NULLABLE = ("trainer.max_grad_norm",)  # keys that may be null though a recipe gives them a number
+NULLABLE = (
+    "trainer.max_grad_norm",
+    "guard.spike_deviations",
+)  # keys that may be null though a recipe gives them a number
 
 
 class ConfigError(ValueError):

@@ -28,8 +28,10 @@ LEAST: dict[str, float] = {
     "evaluation.batch_size": 1,
     "ema.snapshot_every_steps": 1,
     "seed": 0,
+    "guard.max_in_a_row": 1,
+    "guard.max_rollbacks": 0,
 }
-POSITIVE = ("optimizer.lr", "trainer.max_grad_norm", "objective.max_weight", "guidance.clip")
+POSITIVE = ("optimizer.lr", "trainer.max_grad_norm", "objective.max_weight", "guidance.clip", "guard.spike_deviations")
 CHOICES: dict[str, Sequence[Any]] = {
     "resume": ("auto", "never"),
     "trainer.accelerator": ("auto", "cpu", "gpu"),
@@ -38,6 +40,7 @@ CHOICES: dict[str, Sequence[Any]] = {
     "trainer.shard": ("world", "node"),
     "trainer.offload": (True, False),
     "trainer.dry_run": (True, False),
+    "trainer.ledger": (True, False),
     "trainer.activation_checkpointing": ("none", "full", "selective"),
 }
 

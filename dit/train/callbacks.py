@@ -1,7 +1,6 @@
 """What happens beside the training step: lines of metrics, previews, checkpoints."""
 
-import json
-import os
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,21 +16,21 @@ from torch import Tensor
 from dit.data.image import encode_png, grid
 from dit.train import checkpoint
 from dit.train.checkpoint import Saver
+from dit.train.guard import Bad, NumericError
+from dit.train.lines import append, rewound
 from dit.train.module import DiffusionModule
 from dit.train.preemption import Preemption
-from dit.train.tracker import WandB
 from dit.train.world import World
 
 
 class Recorder(Callback):
-    """Averages the loss between log lines, and writes the lines: metrics.jsonl, the terminal, the tracker.
+    """Averages the loss between log lines, and writes the lines: metrics.jsonl, the terminal.
 
     Args:
         path: the metrics.jsonl, to which lines are appended.
         max_steps: where the run ends, for the time left.
         batch_size: images a step.
         every_steps: a line every so many steps, and after the last.
-        tracker: gets every line too.
         world: the processes over which the loss is averaged; the first one writes.
         beside: what else a line says.
     """
@@ -42,7 +41,6 @@ class Recorder(Callback):
         max_steps: int,
         batch_size: int,
         every_steps: int,
-        tracker: WandB | None,
         world: World,
         beside: Callable[[], dict[str, Any]] = dict,
     ):
@@ -50,34 +48,29 @@ class Recorder(Callback):
         self.max_steps = max_steps
         self.batch_size = batch_size
         self.every_steps = every_steps
-        self.tracker = tracker
         self.world = world
         self.beside = beside
         self.last: dict[str, Any] = {}
         self.loss_sum = torch.zeros(())
-        self.num_losses = 0
+        self.num_losses = torch.zeros(())
         self.total_images = 0
         self.total_seconds = 0.0
         self._failed = False
 
     def state(self) -> dict[str, Any]:
         """What is already summed of the next line, averaged over processes, all of which must ask."""
-        return {"loss_sum": self.world.mean(self.loss_sum).item(), "num_losses": self.num_losses}
+        return {"loss_sum": self.world.mean(self.loss_sum).item(), "num_losses": int(self.num_losses)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on summing where a checkpoint was made."""
         self.loss_sum = torch.tensor(state["loss_sum"])
-        self.num_losses = state["num_losses"]
+        self.num_losses = torch.tensor(float(state["num_losses"]))
 
     def rewind(self, step: int) -> None:
         """Drop the lines after a step, which will be written again."""
-        if self.path.exists() and self.world.is_first:
-            whole = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-            kept = [line for line in whole if json.loads(line)["step"] <= step]
-            partial = self.path.with_suffix(".tmp")
-            partial.write_text("".join(kept))
-            partial.replace(self.path)
-            self.last = json.loads(kept[-1]) if kept else {}
+        if self.world.is_first:
+            kept = rewound(self.path, step)
+            self.last = kept[-1] if kept else {}
 
     @property
     def images_per_second(self) -> float:
@@ -93,54 +86,47 @@ class Recorder(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
-        self.loss_sum = self.loss_sum.to(pl_module.device)
+        self.loss_sum, self.num_losses = self.loss_sum.to(pl_module.device), self.num_losses.to(pl_module.device)
         self._since = time.perf_counter()
         self._images = 0
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: DiffusionModule, outputs: Mapping[str, Tensor], batch: Any, batch_idx: int
     ) -> None:
-        """Sum the loss, and write a line where one is due."""
-        self.loss_sum = self.loss_sum + outputs["loss"]
-        self.num_losses += 1
+        """Sum the loss of steps that were taken, and write a line where one is due."""
+        self.loss_sum = self.loss_sum + torch.where(outputs["applied"], outputs["loss"], 0)
+        self.num_losses = self.num_losses + outputs["applied"]
         self._images += self.batch_size
         step = pl_module.step
         if step % self.every_steps == 0 or step == self.max_steps:
             self._write(step, outputs["grad_norm"].item(), pl_module.lr)
 
     def _write(self, step: int, grad_norm: float, lr: float) -> None:
-        loss = self.world.mean(self.loss_sum).item() / self.num_losses
+        number = int(self.num_losses)
+        loss = self.world.mean(self.loss_sum).item() / number if number else None
         now = time.perf_counter()
         rate = self._images / (now - self._since)
         self.total_images += self._images
         self.total_seconds += now - self._since
-        self.loss_sum, self.num_losses = torch.zeros_like(self.loss_sum), 0
+        self.loss_sum, self.num_losses = torch.zeros_like(self.loss_sum), torch.zeros_like(self.num_losses)
         self._since, self._images = now, 0
 
-        self.last = {"step": step, "images": step * self.batch_size, "loss": loss, "grad_norm": grad_norm, "lr": lr}
+        self.last = {"step": step, "images": step * self.batch_size, "loss": loss}
+        self.last |= {"grad_norm": grad_norm if math.isfinite(grad_norm) else None, "lr": lr}
         self.last |= {"images_per_second": round(rate, 1), **self.beside()}
         if not self.world.is_first:
             return
         with self.forgiven():
-            self._append(json.dumps(self.last) + "\n")
-        if self.tracker:
-            self.tracker.log(self.last)
+            append(self.path, self.last)
 
         seconds_left = round((self.max_steps - step) * self.batch_size / rate)
         left = f"{seconds_left // 3600}:{seconds_left // 60 % 60:02d}:{seconds_left % 60:02d}"
-        line = f"step {step}/{self.max_steps}  loss {loss:.4f}  {rate:,.0f} images/s  {left} left"
+        shown = "-" if loss is None else f"{loss:.4f}"
+        line = f"step {step}/{self.max_steps}  loss {shown}  {rate:,.0f} images/s  {left} left"
         if sys.stdout.isatty():
             print(f"\r\033[K{line}", end="" if step < self.max_steps else "\n", flush=True)
         else:
             print(line, flush=True)
-
-    def _append(self, line: str) -> None:
-        """Write a line, after the end of one that a full disk has cut."""
-        with self.path.open("ab+") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                line = line if file.read(1) == b"\n" else f"\n{line}"
-            file.write(line.encode())
 
     @contextmanager
     def forgiven(self) -> Iterator[None]:
@@ -163,7 +149,7 @@ class Preview(Callback):
         draw: () -> uint8 images (N, C, H, W), the same each time but for the weights.
         columns: how many stand side by side.
         every_steps: a picture every so many steps.
-        recorder: whose clock stops meanwhile, and whose tracker gets the picture.
+        recorder: whose clock stops meanwhile.
         preemption: does not wait for a picture.
     """
 
@@ -196,8 +182,6 @@ class Preview(Callback):
                 path = self.folder / f"step-{step:08d}.png"
                 with self.recorder.forgiven():
                     path.write_bytes(encode_png(grid(images, self.columns)))
-                    if self.recorder.tracker:
-                        self.recorder.tracker.image("preview", path, step)
 
     def _drawn(self, module: DiffusionModule) -> Tensor | None:
         """The images, in all processes, as each may have but a share of the weights; None if the run is to stop."""
@@ -217,6 +201,58 @@ class Preview(Callback):
 
 class _Stopped(Exception):
     """A picture is not waited for."""
+
+
+class Skips(Callback):
+    """Reports the steps that the guard left out, and rolls the run back where that is no help.
+
+    Args:
+        path: the skipped.jsonl, to which lines are appended: `step`, `reason` (loss, gradient, spike), `norm`, `ranks`
+            whose loss was not finite, and `keys` of the samples of these, or of all.
+        recorder: whose clock stops meanwhile.
+        roll_back: (module, step) -> the step of the checkpoint from before that step, to which the run was rolled back.
+    """
+
+    def __init__(self, path: Path, recorder: Recorder, roll_back: Callable[[DiffusionModule, int], int]):
+        self.path = path
+        self.recorder = recorder
+        self.roll_back = roll_back
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: DiffusionModule, outputs: Mapping[str, Tensor], batch: Any, batch_idx: int
+    ) -> None:
+        """Hear what the guard has to say."""
+        guard, step = pl_module.guard, pl_module.step
+        guard.note(step, outputs["applied"], outputs["grad_norm"], outputs["loss"], batch["key"])
+        last = step == self.recorder.max_steps
+        for bad in guard.bad(to_the_last=last):
+            self._report(bad)
+        if guard.broken and guard.first_bad is not None:
+            with self.recorder.paused():
+                since = guard.first_bad
+                guard.roll_back()
+                at = self.roll_back(pl_module, since)
+            why = f"{guard.max_in_a_row + 1} steps in a row were left out"
+            self._write({"step": step, "reason": "rolled back", "to": at}, f"{why}; back to the weights of step {at}")
+
+    def _report(self, bad: Bad) -> None:
+        """Name the step, and its samples, in all processes."""
+        mine = (math.isfinite(bad.loss), list(bad.keys))
+        everyone = self.recorder.world.gathered(mine)
+        accused = [(rank, keys) for rank, (finite, keys) in enumerate(everyone) if not finite]
+        reason = "loss" if accused else "spike" if math.isfinite(bad.norm) else "gradient"
+        keys = [key for _, keys in accused or enumerate(keys for _, keys in everyone) for key in keys]
+        norm = bad.norm if math.isfinite(bad.norm) else None
+        line = {"step": bad.step, "reason": reason, "norm": norm, "ranks": [rank for rank, _ in accused], "keys": keys}
+        what = f"its gradient's norm {bad.norm:.3g} is a spike" if norm is not None else f"its {reason} is not finite"
+        few = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+        self._write(line, f"step {bad.step} was left out, as {what}; samples {few}")
+
+    def _write(self, line: Mapping[str, Any], text: str) -> None:
+        self.recorder.world.say(f"dit: WARNING: {text}, see {self.path}")
+        if self.recorder.world.is_first:
+            with self.recorder.forgiven():
+                append(self.path, line)
 
 
 class Checkpoints(Callback):
@@ -276,6 +312,8 @@ class Checkpoints(Callback):
         state = checkpoint.load_state(self.resume_from)
         pl_module.step = state["step"]
         self.recorder.load_state(state["recorder"])
+        if "guard" in state:
+            pl_module.guard.load_state(state["guard"], pl_module.device)
         return self.recorder.rewind(state["step"])
 
     def on_train_batch_end(  # type: ignore[override]
@@ -296,11 +334,27 @@ class Checkpoints(Callback):
             if self.snapshooter and self.snapshot_every_steps and step % self.snapshot_every_steps == 0:
                 self.snapshooter.save(step, pl_module.strategy.saved(pl_module, averages_only=True), {"step": step})
             if last or step % self.every_steps == 0:
-                state = {"step": step, "recorder": self.recorder.state()}
+                state = {"step": step, "recorder": self.recorder.state(), "guard": pl_module.guard.state()}
                 self.saver.save(step, pl_module.strategy.saved(pl_module), state, wait=last)
             if last and self.snapshooter:
                 self.snapshooter.wait()
         trainer.should_stop = stop
+
+    def roll_back(self, module: DiffusionModule, before: int) -> int:
+        """Take up the newest good checkpoint from before a step, whose number is returned; the data go on.
+
+        Raises:
+            NumericError: if there is none.
+        """
+        assert self.saver
+        self.saver.wait()
+        world = self.recorder.world
+        path = world.once(lambda: checkpoint.newest(self.root, before))
+        if path is None:
+            raise NumericError(f"there is no checkpoint from before step {before} to roll back to")
+        module.strategy.restore(module, path)
+        module.guard.load_usual(checkpoint.load_state(path)["guard"], module.device)
+        return checkpoint.step_of(path)
 
     def close(self) -> None:
         """Wait for what is being written."""

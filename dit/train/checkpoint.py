@@ -328,17 +328,22 @@ def committed(root: Path) -> list[Path]:
     return sorted(path for path in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
 
 
-def newest(root: Path) -> Path | None:
+def newest(root: Path, before: int | None = None) -> Path | None:
     """The newest intact checkpoint; None where there never was one. What is not intact is passed over, loudly.
+
+    Args:
+        root: the folder of the checkpoints.
+        before: only of those of earlier steps than this.
 
     Raises:
         CheckpointError: if there are checkpoints but none is intact.
     """
-    for path in reversed(committed(root)):
+    found = [path for path in committed(root) if before is None or step_of(path) < before]
+    for path in reversed(found):
         if not (problem := verify(path)):
             return path
         print(f"dit: WARNING: passing over the checkpoint {path}: {problem}", flush=True)
-    if committed(root):
+    if found:
         raise CheckpointError(f"no checkpoint in {root} is intact; move the folder away to start anew")
     return None
 

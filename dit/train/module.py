@@ -14,6 +14,7 @@ from dit.latent.latent import Latent
 from dit.noise.denoiser import Denoiser
 from dit.noise.draw import Draw
 from dit.objective.objective import Batch, Objective
+from dit.train.guard import Guard
 from dit.train.strategy import Strategy, by_layout
 from dit.weights.ema import EMA
 
@@ -38,6 +39,7 @@ class DiffusionModule(LightningModule):
         num_micro_batches: gradient accumulation: a process's part of the batch passes the network in so many parts.
         init: weights to begin with, full tensors by name; None draws them.
         max_grad_norm: the gradient is scaled down to this norm; None leaves it.
+        guard: says which gradients may be used; None: all.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class DiffusionModule(LightningModule):
         lanes: int = 1,
         num_micro_batches: int = 1,
         max_grad_norm: float | None = None,
+        guard: Guard | None = None,
         init: Mapping[str, Tensor] | None = None,
     ):
         super().__init__()
@@ -67,6 +70,7 @@ class DiffusionModule(LightningModule):
         self.lanes = lanes
         self.num_micro_batches = num_micro_batches
         self.max_grad_norm = max_grad_norm
+        self.guard = guard or Guard()
         self.learning_rate = learning_rate
         self.step = 0
         self.lr = 0.0  # of the last step
@@ -115,21 +119,26 @@ class DiffusionModule(LightningModule):
             batch_idx: unused; `step` counts.
 
         Returns:
-            `loss`, the sum over phases of the mean over this process's micro-batches, and `grad_norm` of the denoiser
-            before clipping, over all processes.
+            `loss`, the sum over phases of the mean over this process's micro-batches; `grad_norm` of the denoiser
+            before clipping, over all processes; `applied`, whether all gradients were used. All ().
         """
         for optimizer in self.strategy.optimizers.values():
             for group in optimizer.param_groups:
                 group.setdefault("initial_lr", group["lr"])
                 self.lr = group["lr"] = group["initial_lr"] * self.learning_rate(self.step)
         total = torch.zeros((), device=self.device)
-        grad_norms = {}
+        steps = {}
         for network, loss in self._backward(list(self._micro_batches(batch))):
-            grad_norms[network] = self.strategy.step(network)
+            steps[network] = self.strategy.step(network, self.guard.allows)
             total = total + loss
         self.step += 1
-        self.ema.update(self.step)
-        return {"loss": total, "grad_norm": grad_norms["denoiser"]}
+        grad_norm, applied = steps["denoiser"]
+        self.ema.update(self.step, applied)
+        return {
+            "loss": total,
+            "grad_norm": grad_norm,
+            "applied": torch.stack([used for _, used in steps.values()]).all(),
+        }
 
     def _backward(self, micro_batches: list[Batch]) -> Iterator[tuple[str, Tensor]]:
         """Yield (network, mean loss) of each phase when its gradient is complete; one graph at a time is alive."""
@@ -141,7 +150,8 @@ class DiffusionModule(LightningModule):
                 if (phase := next(phases, None)) is None:
                     return
                 network, loss = phase
-                self.strategy.backward(loss / len(running))
+                # A loss that is not finite makes a gradient that is not, which all processes see; else this is a 1.
+                self.strategy.backward(loss * (1 + 0 * loss.detach()) / len(running))
                 total = total + loss.detach() / len(running)
             yield network, total
 

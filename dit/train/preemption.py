@@ -17,7 +17,8 @@ LEAST_SECONDS = 15.0  # what leaving takes besides the save
 class Preemption:
     """Within a `with`, notes SIGINT, SIGTERM and SIGUSR1, for the run to finish its step, save and leave.
 
-    The handlers only set a flag, which the processes of a run compare after each step. SIGINT or SIGTERM again kills.
+    The handlers only set a flag, which the processes of a run compare after each step. SIGINT again kills, as from a
+    terminal; schedulers repeat the others.
 
     Args:
         speaks: whether to say so; of several processes one does.
@@ -63,14 +64,14 @@ class Preemption:
 
     def _say(self, why: str) -> None:
         if self._speaks:
-            print(f"\ndit: stopping after this step ({why}); once more to stop at once", flush=True)
+            print(f"\ndit: stopping after this step ({why}); Ctrl-C once more to stop at once", flush=True)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self._noted is None:
             self._noted = time.monotonic()
             self.exit_code = EXIT_CODES[signal.Signals(signum)]
             self._say(signal.Signals(signum).name)
-        elif time.monotonic() - self._noted > ECHO_SECONDS and signum != signal.SIGUSR1:  # SLURM may repeat that one
+        elif signum == signal.SIGINT and time.monotonic() - self._noted > ECHO_SECONDS:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
 

@@ -22,6 +22,7 @@ from dit.train.build import build
 from dit.train.checked import build_trained, checked
 from dit.train.devices import layout_of, settled
 from dit.train.encoding import check_encoded, identity
+from dit.train.lines import rewound
 from dit.train.same import differences
 from dit.train.strategy import Strategy
 from dit.train.world import World
@@ -34,7 +35,7 @@ if TYPE_CHECKING:  # importing lightning takes seconds, which a mistake in the c
     from dit.train.module import DiffusionModule
     from dit.train.preemption import Preemption
 
-PROGRESS = {"step", "loss", "images_per_second", "replaced"}  # the figures of a summary that no metric gave
+PROGRESS = {"step", "loss", "images_per_second", "skipped", "replaced"}  # the figures of a summary that no metric gave
 
 
 class Run:
@@ -223,13 +224,15 @@ class Run:
         for name in ("samples", "checkpoints"):
             (self.folder / name).mkdir(exist_ok=True)
         checkpoint.clean(self.folder / "checkpoints", self.resume_from)
+        rewound(self.folder / "skipped.jsonl", self.step)
         _write(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.resolved)))
 
     def _train(self) -> int | None:
         from lightning.pytorch import Trainer
         from lightning.pytorch.callbacks import LambdaCallback
 
-        from dit.train.callbacks import Checkpoints, Preview, Recorder
+        from dit.train.callbacks import Checkpoints, Preview, Recorder, Skips
+        from dit.train.ledger import Ledger
         from dit.train.module import DiffusionModule
         from dit.train.preemption import Preemption, end_of_job
 
@@ -254,6 +257,7 @@ class Run:
             lanes=options.lanes,
             num_micro_batches=self.num_micro_batches,
             max_grad_norm=options.max_grad_norm,
+            guard=build(cfg.guard),
             init=self.init,
         )
         self.init = None  # it may be large
@@ -261,16 +265,15 @@ class Run:
         if not self.world.is_first:
             self.tracker = None
         if self.tracker:
-            self.tracker.start(self.folder, self.resolved)
+            self.tracker.start(self.folder, self.resolved, self.step)
         preemption = Preemption(self.world.is_first, end_of_job() if self.world.is_first else None)
         recorder = Recorder(
             self.folder / "metrics.jsonl",
             options.max_steps,
             options.batch_size,
             options.log_every_steps,
-            self.tracker,
             self.world,
-            self._replaced,
+            lambda: self._left_out(module),
         )
         columns = min(10, self.parts.condition.sizes.get("num_classes", 10))
         preview_of = self._preview_of(columns)
@@ -307,7 +310,9 @@ class Run:
             enable_model_summary=False,
             default_root_dir=self.folder,
             callbacks=[
+                *([Ledger(self.folder / "ledger", 0, self.world)] if options.ledger else []),
                 recorder,
+                Skips(self.folder / "skipped.jsonl", recorder, checkpoints.roll_back),
                 checkpoints,  # before the preview, which may take long
                 preview,
                 LambdaCallback(on_train_end=lambda *_: self._finish(module, trainer, recorder, preemption)),
@@ -332,10 +337,10 @@ class Run:
         together = ModelParallelStrategy(data_parallel_size=self.world.size, tensor_parallel_size=1)
         return {"strategy": together, "plugins": [TorchElasticEnvironment()], "use_distributed_sampler": False}
 
-    def _replaced(self) -> dict[str, int]:
-        """Samples that could not be used, of all processes; some of these may see the same."""
-        number = self.world.total(self.data.replaced) // self.layout.tensor_parallel
-        return {"replaced": number} if number else {}
+    def _left_out(self, module: "DiffusionModule") -> dict[str, int]:
+        """Steps that were left out, and samples that could not be used, by all processes, as some may see the same."""
+        replaced = self.world.total(self.data.replaced) // self.layout.tensor_parallel
+        return {name: n for name, n in (("skipped", module.guard.skipped), ("replaced", replaced)) if n}
 
     def _preview_of(self, columns: int) -> Samples:
         """What previews are told: a class a column, four times, or if there is more, what the first samples are."""
@@ -391,7 +396,7 @@ class Run:
         else:
             self.world.say(f"dit: stopped and saved at step {module.step}; the same command goes on from there")
         if self.tracker:
-            self.tracker.finish(summary)
+            self.tracker.finish()
 
 
 def _shown(subject: Subject, samples: Samples, columns: int) -> Tensor:

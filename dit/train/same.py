@@ -12,6 +12,7 @@ FREE = {
     "sampler",
     "grid",
     "guidance",
+    "guard",
     "metric",
     "evaluation",
     "logger",

@@ -7,7 +7,7 @@ checkpointing, compile, shard, and only then numbers, so that no device ever hol
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -142,20 +142,29 @@ class Strategy:
         """Add the gradient of a micro-batch's loss."""
         loss.backward()
 
-    def step(self, network: str) -> Tensor:
+    def step(self, network: str, allows: Callable[[str, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Average the gradients over processes, clip them, step one network's optimizer, and drop all gradients.
 
+        Args:
+            network: whose optimizer.
+            allows: (network, norm) -> whether the gradient is used, (), see `Guard.allows`.
+
         Returns:
-            The norm of the gradient before clipping, ().
+            The norm of the gradient before clipping, (), and whether it was used, ().
         """
         optimizer = self.optimizers[network]
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self._average([p.grad for p in parameters if not isinstance(p, DTensor)])
         norm = clip(parameters, self.max_norm)
-        optimizer.step()
+        used = allows(network, norm)
+        if used.is_cuda and all(group.get("fused") for group in optimizer.param_groups):
+            optimizer.found_inf = (~used).float()  # type: ignore[attr-defined]  # told on the device, as GradScaler does
+            optimizer.step()
+        elif used:
+            optimizer.step()
         for other in self.optimizers.values():
             other.zero_grad()
-        return norm
+        return norm, used
 
     def _average(self, gradients: Sequence[Tensor]) -> None:
         """Over the processes that see other parts of the batch, in place."""

@@ -1,21 +1,26 @@
-"""Weights & Biases as a sink: the local metrics.jsonl is the truth, and a run never waits for a server."""
+"""Weights & Biases as a sink: the run's folder is the truth, and a run never waits for a server."""
 
+import json
 import netrc
 import os
-import socket
+import subprocess
+import sys
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import ParseResult, urlparse
-from urllib.request import getproxies
+from urllib.parse import urlparse
+
+from dit.train import replay
+
+FINISH_SECONDS = 12.0
 
 
 class WandB:
-    """Sends metrics and pictures to Weights & Biases.
+    """Has a process of its own send metrics and pictures to Weights & Biases.
 
-    Offline unless the user is logged in or asks otherwise. A server that does not answer within seconds makes the run
-    an offline one; any later failure ends the sending, with a line that says so, and training goes on.
+    It reads them in the run's folder, so that training hands nothing over and waits for nothing. Offline unless the
+    user is logged in or asks otherwise. If the server cannot be reached a line says so, and how to send it later.
 
     Args:
         project: the project's name there.
@@ -30,84 +35,76 @@ class WandB:
             raise ValueError(f"logger.mode={mode} must be online, offline, disabled or null")
         self.project = project
         self.mode = mode
-        self._run: Any = None
+        self._process: subprocess.Popen[str] | None = None
+        self._later = ""
 
-    def start(self, folder: Path, config: Mapping[str, Any]) -> None:
-        """Begin, or go on with, the run of this folder."""
-        mode = self.mode or os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
+    def start(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
+        """Begin, or go on with, the run of this folder, which stands at a step."""
+        mode = self.mode or os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
         if mode == "disabled":
             return
-        if mode == "online" and not _reachable():
-            later = f"`wandb sync {folder}/wandb/offline-*` sends it later"
-            print(f"dit: {_host().netloc} does not answer; W&B stays offline: {later}")
-            mode = "offline"
-        identity = folder / "wandb-id"
-        if not identity.exists():
-            identity.write_text(uuid.uuid4().hex[:8])
-        self._attempt(lambda: self._begin(folder, config, mode, identity.read_text().strip()))
-
-    def _begin(self, folder: Path, config: Mapping[str, Any], mode: str, identity: str) -> None:
-        import wandb
-
-        self._run = wandb.init(
-            project=self.project,
-            name=folder.name,
-            id=identity,
-            dir=folder,
-            config=dict(config),
-            mode=mode,  # type: ignore[arg-type]
-            resume="allow" if mode == "online" else None,
-            settings=wandb.Settings(
-                silent=True, console="off", init_timeout=10, finish_timeout=15, x_disable_stats=mode == "offline"
-            ),
-        )
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
-
-    def log(self, metrics: Mapping[str, Any]) -> None:
-        """Send one line of metrics, `step` among them."""
-        self._attempt(lambda: self._run and self._run.log(dict(metrics)))
-
-    def image(self, name: str, path: Path, step: int) -> None:
-        """Send a picture."""
-        import wandb
-
-        self._attempt(lambda: self._run and self._run.log({name: wandb.Image(str(path)), "step": step}))
-
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Send the final figures and end."""
-        self._attempt(lambda: self._run and self._run.summary.update(dict(summary)))
-        self._attempt(lambda: self._run and self._run.finish())
-        self._run = None
-
-    def _attempt(self, action: Any) -> None:
+        runs_dir = "" if str(folder.parent) == "runs" else f" runs_dir={folder.parent}"
+        self._later = f"dit sync run={folder.name}{runs_dir}"
+        order = {"live": True, "mode": mode, "after": step, "finish_seconds": FINISH_SECONDS, "later": self._later}
         try:
-            action()
-        except Exception as error:  # a tracker must never end a run
-            print(f"dit: W&B failed and is left out from here on: {error}")
-            self._run = None
+            self._process = _sender(folder, config, self.project, order)
+        except OSError as error:  # a tracker must never end a run
+            print(f"dit: W&B is left out ({error}); `{self._later}` sends it later")
+
+    def finish(self) -> None:
+        """Have the rest sent, as far as that takes seconds."""
+        if self._process and not _ended(self._process, 1.5 * FINISH_SECONDS):
+            print(f"dit: W&B does not come to an end; `{self._later}` sends what it lacks")
+        self._process = None
 
 
-def _host() -> ParseResult:
-    return urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+def sync(folder: Path, config: Mapping[str, Any], project: str, timeout_seconds: float) -> bool:
+    """Send what the server does not have of a run; whether it now has everything."""
+    order = {"live": False, "mode": "online", "after": 0, "finish_seconds": timeout_seconds, "later": ""}
+    process = _sender(folder, config, project, order)
+    return _ended(process, None) and process.returncode == 0
 
 
-def _logged_in() -> bool:
+def _sender(folder: Path, config: Mapping[str, Any], project: str, order: Mapping[str, Any]) -> "subprocess.Popen[str]":
+    """The process that does as an order says."""
+    identity = folder / "wandb-id"
+    if not identity.exists():
+        identity.write_text(uuid.uuid4().hex[:8])
+    run = {"folder": str(folder), "id": identity.read_text().strip(), "config": dict(config), "project": project}
+    here = {"command": sys.argv, "pid": os.getpid(), "host": _host()}
+    process = subprocess.Popen(
+        [sys.executable, "-P", replay.__file__],
+        stdin=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # Ctrl-C is not for it
+        env={"WANDB_ERROR_REPORTING": "false", **os.environ},
+    )
+    assert process.stdin
+    process.stdin.write(json.dumps({**order, **run, **here}) + "\n")
+    process.stdin.flush()
+    return process
+
+
+def _ended(process: "subprocess.Popen[str]", timeout_seconds: float | None) -> bool:
+    """Whether a process has ended by itself, after it was told that the run is over."""
+    try:
+        process.communicate("over\n", timeout_seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return False
+    return True
+
+
+def logged_in() -> bool:
+    """Whether there is a key for the server, of the environment or of `wandb login`."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(_host().hostname or "") is not None
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(urlparse(_host()).hostname or "") is not None
     except (OSError, netrc.NetrcParseError):
         return False
 
 
-def _reachable(timeout_seconds: float = 3.0) -> bool:
-    if getproxies():  # then the way there is the proxy's affair
-        return True
-    host = _host()
-    try:
-        port = host.port or {"http": 80}.get(host.scheme, 443)
-        socket.create_connection((host.hostname or "", port), timeout_seconds).close()
-    except OSError:
-        return False
-    return True
+def _host() -> str:
+    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")

@@ -143,6 +143,14 @@ class World:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return int(tensor)
 
+    def gathered(self, value: T) -> list[T]:
+        """The processes' values, by rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._patient)
+        return values
+
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a tensor over all processes."""
         if self.size == 1:

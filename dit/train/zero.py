@@ -2,8 +2,9 @@
 
 import io
 import logging
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,7 @@ class Zero(Strategy):
                 model=denoiser.network, optimizer=optimizer, config=config, dist_init_required=False
             )
         denoiser.network = self._engine
+        self._ask_for_norms()
         super().start(denoiser, {"denoiser": optimizer}, micro_batches=micro_batches, max_norm=max_norm)
 
     def backward(self, loss: Tensor) -> None:
@@ -113,10 +115,28 @@ class Zero(Strategy):
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 
-    def step(self, network: str) -> Tensor:
-        """A step of DeepSpeed's, which averages and clips."""
+    def step(self, network: str, allows: Callable[[str, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """A step of DeepSpeed's, which averages and clips, and drops a gradient whose norm is infinite."""
+        self._verdict = lambda norm: allows(network, norm)
         self._engine.step()
-        return torch.as_tensor(float(self._engine.get_global_grad_norm()))
+        return self._judged
+
+    def _ask_for_norms(self) -> None:
+        """See to it that DeepSpeed's norm of the gradient is infinite where it is not to be used."""
+        zero = self._engine.optimizer
+        ask = "_get_norm_groups" if self.stage == 3 else "scaled_global_norm"  # several norms, or one
+        original = getattr(zero, ask)
+
+        def asked(*args: Any, **kwargs: Any) -> Any:
+            told = original(*args, **kwargs)
+            norms = torch.tensor([float(x) for x in (told if self.stage == 3 else [told])])
+            norm = torch.linalg.vector_norm(torch.where(norms < 0, math.nan, norms))  # -1 stands for one not finite
+            used = self._verdict(norm)
+            self._judged = norm, used
+            infinite = torch.full((), math.inf, device=self.device)
+            return told if used else [infinite] if self.stage == 3 else infinite
+
+        setattr(zero, ask, asked)
 
     @contextmanager
     def lent(self, module: Any) -> Iterator[None]:

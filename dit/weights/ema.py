@@ -94,13 +94,25 @@ class EMA:
         }
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take in the weights after optimizer step `step` (1, 2, ...)."""
+    def update(self, step: int, applied: Tensor | None = None) -> None:
+        """Take in the weights after optimizer step `step` (1, 2, ...).
+
+        Args:
+            step: finished optimizer steps.
+            applied: whether that step was taken, (), bool, or else averages stay as they are; a GPU is not waited for.
+        """
         weights = None
         for profile, keeps in self.profiles.items():
             averages = _local(self.averages[profile])
-            weights = weights or _fetched(_local(self.parameters), averages)
-            torch._foreach_lerp_(averages, weights, 1 - keeps(step))
+            if applied is None or not (applied.is_cuda and all(average.is_cuda for average in averages)):
+                if applied is not None and not applied:
+                    return
+                weights = weights or _fetched(_local(self.parameters), averages)
+                torch._foreach_lerp_(averages, weights, 1 - keeps(step))
+            else:  # lerp wants its weight on the CPU
+                changes = torch._foreach_sub(_local(self.parameters), averages)
+                torch._foreach_mul_(changes, applied * (1 - keeps(step)))
+                torch._foreach_add_(averages, changes)
 
     @contextmanager
     @torch.no_grad()
