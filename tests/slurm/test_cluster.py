@@ -186,7 +186,7 @@ def lines(folder, run, runs_dir="runs"):
 
 
 def ledger(folder, run):
-    """What each process saw at each step in the end, with its exact loss; and by rank, what was done again: (from, to)."""
+    """What each process saw at each step in the end, with its exact loss; by rank, what was done again: (from, to)."""
     found, again = {}, {}
     for path in (folder / "runs" / run / "ledger").glob("rank-*.jsonl"):
         last = 0
