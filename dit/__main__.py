@@ -1,7 +1,11 @@
 """The command line: `dit VERB key=value ...`."""
 
 import importlib
+import os
 import sys
+import time
+
+os.environ["DIT_BEGAN"] = repr(time.time())  # before anything that takes time, see `dit.train.goodput`
 
 VERBS = {
     "pack": "write images into shards:    dit pack source=imagenet/train out=data/imagenet size=256",
@@ -14,7 +18,7 @@ VERBS = {
     "export": "weights for others:          dit export run=digits path=digits_weights",
     "schedule": "draw a noise schedule:       dit schedule experiment=digits noise=cosine out=schedule.png",
     "sync": "send a run to W&B:           dit sync run=digits",
-    "doctor": "count what a recipe costs:   dit doctor model=dit_xl_2 data.image_size=512",
+    "doctor": "what a recipe costs:         dit doctor model=dit_xl_2 data.image_size=512; dit doctor run=digits",
 }
 
 HELP = """dit trains diffusion transformers.

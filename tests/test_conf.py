@@ -101,7 +101,7 @@ WRONG = {
     "resume=perhaps": "resume=perhaps: choose one of auto, never",
     "trainer.strategy=dpp": "trainer.strategy=dpp: choose one of single, ddp",
     "trainer.precision=8": "choose one of auto, 32-true",
-    "trainer.micro_batch_size=foo": "trainer.micro_batch_size=foo must be a number",
+    "trainer.micro_batch_size=foo": "trainer.micro_batch_size=foo must be a whole number",
     "guidance.clip=foo": "guidance.clip=foo must be a number",
     "optimizer.betas=5": "expected a list, like optimizer.betas=",
     "run=${nope}": "nope",
@@ -127,7 +127,10 @@ def test_a_missing_name_is_asked_for():
     [
         (["nosie=cosine"], "did you mean noise"),
         (["model.num_heads=5"], "num_heads=5 does not divide hidden_size=64: choose one of [1, 2, 4, 8, 16, 32, 64]"),
-        (["model.patch_size=3"], "patch_size=3 does not divide input_size=8: choose one of [1, 2, 4, 8]"),
+        (
+            ["model.patch_size=3"],
+            "does not divide input_size=8 (latent.size, of data.image_size): choose one of [1, 2, 4, 8]",
+        ),
         (["model.in_channels=4"], "model.in_channels=4 differs from latent.channels=1"),
         (["noise=flow", "prediction=eps"], "noise.t_max=0.999"),
         (["noise.zero_terminal_snr=true"], "choose another prediction (v works everywhere)"),

@@ -24,7 +24,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 OmegaConf.register_new_resolver("divide", lambda a, b: a // b, replace=True)
 
@@ -200,17 +200,21 @@ def compose(verb: str, overrides: Sequence[str], searchpath: Sequence[str] = ())
     try:
         own = [folder for o in parsed if o.key_or_group == "hydra.searchpath" for folder in _list(o.value())]
         with _hydra([*searchpath, *own]) as loader:
-            groups = [o for o in parsed if _is_group(loader, o)]
+            names = loader.list_groups("")
+            groups = [o for o in parsed if o.key_or_group in names or "/" in o.key_or_group]
             for override in groups:
                 _check_option(loader, override)
             base = hydra_compose(verb, [o.input_line or "" for o in groups])
             for override in parsed:
                 if override not in groups and not override.key_or_group.startswith("hydra"):
-                    _check_key(base, override, loader.list_groups(""))
+                    _check_key(base, override, names)
             cfg = hydra_compose(verb, list(overrides))
             _check_complete(cfg)
     except ConfigError:
         raise
+    except InterpolationKeyError as error:
+        way_out = f"give it, or another {str(error.full_key).partition('.')[0]}"
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}; {way_out}") from error
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
     return cfg
@@ -218,10 +222,6 @@ def compose(verb: str, overrides: Sequence[str], searchpath: Sequence[str] = ())
 
 def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
-
-
-def _is_group(loader: ConfigLoader, override: Override) -> bool:
-    return override.key_or_group in loader.list_groups("") or "/" in override.key_or_group
 
 
 def _check_option(loader: ConfigLoader, override: Override) -> None:
@@ -271,23 +271,26 @@ def _check_complete(cfg: DictConfig) -> None:
 
 
 def check_least(cfg: DictConfig, least: dict[str, float], positive: Sequence[str] = ()) -> None:
-    """Numbers that must not be smaller.
+    """Numbers that must not be smaller: whole ones, where the least is whole; null stands for none.
 
     Raises:
         ConfigError: naming the key, its value and the least one.
     """
     for key, bound in least.items():
-        value = OmegaConf.select(cfg, key)
-        if value is not None and not isinstance(value, int | float):
-            raise ConfigError(f"{key}={value} must be a number")
+        value = _number(cfg, key, whole=isinstance(bound, int))
         if value is not None and not bound <= value <= MOST:
             raise ConfigError(f"{key}={value} must be at least {bound}" + (f", at most {MOST}" if value > MOST else ""))
     for key in positive:
-        value = OmegaConf.select(cfg, key)
-        if value is not None and not isinstance(value, int | float):
-            raise ConfigError(f"{key}={value} must be a number")
+        value = _number(cfg, key)
         if value is not None and not value > 0:
             raise ConfigError(f"{key}={value} must be greater than 0")
+
+
+def _number(cfg: DictConfig, key: str, whole: bool = False) -> float | None:
+    value = OmegaConf.select(cfg, key)
+    if value is None or (isinstance(value, int if whole else int | float) and not isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{key}={_said(value)} must be a {'whole ' if whole else ''}number")
 
 
 def check_choices(cfg: DictConfig, choices: dict[str, Sequence[Any]]) -> None:
@@ -298,7 +301,7 @@ def check_choices(cfg: DictConfig, choices: dict[str, Sequence[Any]]) -> None:
     """
     for key, allowed in choices.items():
         if (value := OmegaConf.select(cfg, key)) not in allowed:
-            raise ConfigError(f"{key}={value}: choose one of {', '.join(map(str, allowed))}")
+            raise ConfigError(f"{key}={_said(value)}: choose one of {', '.join(map(_said, allowed))}")
 
 
 def check_texts(cfg: DictConfig, keys: Sequence[str]) -> None:
@@ -309,7 +312,14 @@ def check_texts(cfg: DictConfig, keys: Sequence[str]) -> None:
     """
     for key in keys:
         if not isinstance(value := OmegaConf.select(cfg, key), str) or not value:
-            raise ConfigError(f"{key}={'null' if value is None else value}: give a name or a path")
+            raise ConfigError(f"{key}={_said(value)}: give a name or a path")
+
+
+def _said(value: Any) -> str:
+    """A value as it is written on the command line."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return str(value).replace(", ", ",") if isinstance(value, ListConfig) else str(value)
 
 
 def check_run_name(name: Any) -> None:

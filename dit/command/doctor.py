@@ -1,20 +1,58 @@
-"""dit doctor: what a recipe costs, before anything is spent."""
+"""dit doctor: what a recipe costs, before anything is spent; or how a run went."""
 
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from dit.command.compose import user_errors
-from dit.command.train import check
+from dit.command import train
+from dit.command.compose import ConfigError, check_run_name, user_errors
+from dit.train import attempts, goodput, saved
 from dit.train.kind import check_denoiser
 
 if TYPE_CHECKING:
     from dit.train.build import Parts
     from dit.train.cost import Memory
 
-__all__ = ["check", "main", "tell_apart"]
-
 GIB, MIB = 2**30, 2**20
+LISTED = 20
+
+
+def prepare(overrides: Sequence[str] | None) -> None:
+    """See that it is asked of a run or of a recipe, not of both.
+
+    Raises:
+        ConfigError: if it is.
+    """
+    keys = [override.partition("=")[0] for override in overrides or []]
+    others = [key for key in keys if key not in ("run", "runs_dir") and not key.startswith("hydra")]
+    if "run" in keys and others:
+        raise ConfigError(
+            f"run=<name> reports on a run that was trained, {others[0]}=... changes a recipe: ask for one at a time"
+        )
+
+
+def check(cfg: DictConfig) -> None:
+    """What can be said of a configuration without importing torch.
+
+    Raises:
+        ConfigError: naming the value and the way out.
+    """
+    if cfg.run is None:
+        return train.check(_recipe(cfg))
+    check_run_name(cfg.run)
+    with user_errors():
+        saved.config(Path(cfg.runs_dir) / str(cfg.run))
+    return None
+
+
+def _recipe(cfg: DictConfig) -> DictConfig:
+    """What is not a run yet, with a name."""
+    named = cfg.copy()
+    named.run = "doctor"
+    return named
 
 
 def tell_apart(cfg: DictConfig, suffix: str) -> None:
@@ -22,7 +60,11 @@ def tell_apart(cfg: DictConfig, suffix: str) -> None:
 
 
 def main(cfg: DictConfig) -> int:
-    """Print parameters, operations and memory; the exit code."""
+    """Print parameters, operations and memory, or how a run went; the exit code."""
+    if cfg.run is not None:
+        print("\n".join(run_lines(Path(cfg.runs_dir) / str(cfg.run))))
+        return 0
+    cfg = _recipe(cfg)
     with user_errors():
         check_denoiser(cfg)
         from dit.train.build import Parts
@@ -36,6 +78,37 @@ def main(cfg: DictConfig) -> int:
         macs, need = multiply_adds(parts), memory(parts, batch_size)
     print("\n".join(network_lines(parts, macs) + memory_lines(cfg, need, batch_size)))
     return 0
+
+
+def run_lines(folder: Path) -> list[str]:
+    """Where a run's time has gone, how each start of it ended, its newest checkpoint, and what was left out."""
+    starts, skipped = attempts.read(folder), goodput.skipped_steps(folder)
+    checkpoints = sorted((folder / "checkpoints").glob("step-*[0-9]"))
+    lines = [f"{folder}", *goodput.of_run(folder)[1]]
+    lines.append(f"  {'newest checkpoint':<18} {checkpoints[-1] if checkpoints else 'none'}")
+    if replaced := sum(start["replaced"] for start in starts):
+        lines.append(f"  {'replaced samples':<18} {replaced}, those of steps that were redone each time")
+    if left_out := sorted({step for start in starts for step in start["left_out"]}):
+        lines.append(f"  {'steps left out':<18} {', '.join(map(str, left_out))}, by trainer.poison_step=skip")
+    if skipped:
+        lines.append(f"  {'steps skipped':<18} {len(skipped)}")
+        lines += [f"    {step:<16} {_reason(entry)}" for step, entry in sorted(skipped.items())[:LISTED]]
+        lines += [f"    and {len(skipped) - LISTED} more, see {folder / 'skipped.jsonl'}"] * (len(skipped) > LISTED)
+    lines.append("  starts" if starts else "  starts             none noted, as by an older version")
+    for start in starts:
+        began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(start["began"]))
+        nodes, job = ", ".join(start["environment"]["nodes"]), f", job {start['job']}" if start["job"] else ""
+        lines.append(
+            f"    {start['attempt']:<4} {began} on {nodes}{job}: step {start['from_step']} to {start['step']} in "
+            f"{goodput.duration(start['seen'] - start['began'])}, {attempts.how_ended(start)}"
+        )
+    return lines
+
+
+def _reason(entry: dict[str, Any]) -> str:
+    """Why a step was skipped, and the first of its samples."""
+    keys = [str(key) for key in entry.get("keys") or []]
+    return f"{entry.get('reason')}" + (f": {', '.join(keys[:4])}{', ...' * (len(keys) > 4)}" if keys else "")
 
 
 def network_lines(parts: "Parts", macs: int) -> list[str]:

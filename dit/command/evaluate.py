@@ -32,7 +32,8 @@ def main(cfg: DictConfig) -> int:
     """Judge, print the figures, and write them with what they depend on; the exit code."""
     from omegaconf import OmegaConf
 
-    from dit.train.build import build
+    from dit.metric.subject import check_given
+    from dit.train.build import PIXELS, build
     from dit.train.checkpoint import step_of
 
     with user_errors():
@@ -43,6 +44,7 @@ def main(cfg: DictConfig) -> int:
         data.check_images()
         data.prepare()
         metric = build(cfg.metric)
+        check_given(metric, trained.data.get("fields", ["label"]), trained.latent._target_ == PIXELS)
         out = Path(cfg.out) if cfg.out else Path(cfg.runs_dir) / cfg.run / "evaluation.json"
         check_writable(out)
         train, held_out = data.read("train"), data.read("held_out")

@@ -60,7 +60,7 @@ def check_run(cfg: DictConfig, least: dict[str, float]) -> None:
     Raises:
         ConfigError: naming the value and the way out.
     """
-    check_least(cfg, {"batch_size": 1, "seed": 0, "sampler.num_steps": 1, "guidance.scale": 0, **least})
+    check_least(cfg, {"batch_size": 1, "seed": 0, "sampler.num_steps": 1, "guidance.scale": 0.0, **least})
     check_choices(cfg, {"weights": weights_of(cfg), "accelerator": ("auto", "cpu", "gpu")})
 
 

@@ -23,7 +23,9 @@ def check(cfg: DictConfig) -> None:
             raise ConfigError(f"{key}={str(cfg[key]).lower()}: expected a whole number")
     if isinstance(cfg.max_broken, int | float) and cfg.max_broken > 1:
         raise ConfigError(f"max_broken={cfg.max_broken} is a share: give at most 1")
-    check_least(cfg, {"seed": 0, "num_held_out": 0, "max_broken": 0}, ["size", "quality", "shard_bytes", "num_workers"])
+    check_least(
+        cfg, {"seed": 0, "num_held_out": 0, "max_broken": 0.0}, ["size", "quality", "shard_bytes", "num_workers"]
+    )
     check_choices(cfg, {"format": (None, "png", "jpg", "webp"), "classes": ("auto", True, False)})
 
 

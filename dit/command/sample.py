@@ -30,7 +30,7 @@ def check(cfg: DictConfig) -> None:
     with user_errors():
         check_denoiser(saved.config(Path(cfg.runs_dir) / cfg.run))
     shares = ("strength", "variation", "noise_level")
-    check_run(cfg, {"num_images": 1, "resample": 1, "interpolate_to": 0, **dict.fromkeys(shares, 0)})
+    check_run(cfg, {"num_images": 1, "resample": 1, "interpolate_to": 0, **dict.fromkeys(shares, 0.0)})
     if cfg.out is not None:
         check_picture(cfg.out)
     for key in shares:

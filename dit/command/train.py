@@ -1,12 +1,15 @@
 """dit train: train a model."""
 
+import os
 import re
+import time
 from collections.abc import Sequence
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dit.command.compose import ConfigError, check_choices, check_least, check_run_name, exit_code_of, user_errors
+from dit.train.goodput import BEGAN
 from dit.train.kind import autoencodes
 
 LEAST: dict[str, float] = {
@@ -23,7 +26,7 @@ LEAST: dict[str, float] = {
     "sampler.num_steps": 1,
     "noise.num_steps": 1,
     "learning_rate.warmup_steps": 0,
-    "optimizer.weight_decay": 0,
+    "optimizer.weight_decay": 0.0,
     "evaluation.num_images": 100,
     "evaluation.batch_size": 1,
     "ema.snapshot_every_steps": 1,
@@ -41,6 +44,7 @@ CHOICES: dict[str, Sequence[Any]] = {
     "trainer.offload": (True, False),
     "trainer.dry_run": (True, False),
     "trainer.ledger": (True, False),
+    "trainer.poison_step": ("stop", "skip", "retry"),
     "trainer.activation_checkpointing": ("none", "full", "selective"),
 }
 
@@ -58,13 +62,29 @@ def check(cfg: DictConfig) -> None:
         value = cfg.trainer[key]
         if value != "auto" and not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
             raise ConfigError(f"trainer.{key}={value} must be a whole number, at least 1, or auto")
-    if cfg.trainer.strategy == "single" and cfg.trainer.devices != 1:
-        raise ConfigError(
-            f"trainer.devices={cfg.trainer.devices}, but trainer.strategy=single is for one: choose trainer=ddp or "
-            "trainer=fsdp"
-        )
+        if cfg.trainer.strategy == "single" and value != 1 and (key, value) != ("nodes", "auto"):
+            raise ConfigError(
+                f"trainer.{key}={value}, but trainer.strategy=single is for one: choose trainer=ddp or trainer=fsdp"
+            )
     if cfg.trainer.offload and not cfg.trainer.strategy.startswith("zero"):
-        raise ConfigError(f"trainer.offload=true goes with trainer=zero1, zero2 or zero3, not {cfg.trainer.strategy}")
+        raise ConfigError(
+            f"trainer.offload=true goes with trainer=zero1, zero2 or zero3, not trainer={cfg.trainer.strategy}"
+        )
+    keep, every = cfg.trainer.keep_every_steps, cfg.trainer.checkpoint_every_steps
+    if keep and keep % every:
+        raise ConfigError(
+            f"trainer.keep_every_steps={keep} must be a multiple of trainer.checkpoint_every_steps={every}: of the "
+            "checkpoints there are, it says which stay"
+        )
+    begins, end = OmegaConf.select(cfg, "objective.adversarial_from"), cfg.trainer.max_steps
+    if OmegaConf.select(cfg, "objective.discriminator") and begins >= end:
+        raise ConfigError(
+            f"objective.adversarial_from={begins} is not less than trainer.max_steps={end}: the discriminator would "
+            "never be heard; let it begin earlier, or take objective=autoencoding"
+        )
+    betas = OmegaConf.select(cfg, "optimizer.betas")
+    if betas is not None and (len(betas) != 2 or not all(isinstance(beta, int | float) for beta in betas)):
+        raise ConfigError(f"optimizer.betas=[{','.join(map(str, betas))}] must be two numbers, like [0.9,0.999]")
     with user_errors():
         autoencodes(cfg)
 
@@ -80,6 +100,14 @@ def main(cfg: DictConfig) -> int:
 
     Several devices of this machine are given a process each, if no launcher has done so.
     """
+    os.environ.setdefault(BEGAN, repr(time.time()))
+    try:
+        return _main(cfg)
+    finally:
+        os.environ.pop(BEGAN, None)  # another job of a multirun begins later
+
+
+def _main(cfg: DictConfig) -> int:
     if cfg.trainer.dry_run:
         from dit.command.dry_run import report
 
@@ -88,12 +116,13 @@ def main(cfg: DictConfig) -> int:
         return 0
     with user_errors():
         from dit.train import devices
+        from dit.train.checked import checked
         from dit.train.world import World
 
         settled = devices.settled(cfg)
         number = 1 if World().launched else devices.num_processes(settled.trainer)
         if number > 1:
-            devices.check_launch(settled.trainer, number)
+            checked(settled, devices.check_launch(settled.trainer, number))
     if number > 1:
         from dit.train.launch import launch
 

@@ -81,7 +81,7 @@ def check_dropout(dropout: float) -> float:
 
 
 def check_learned(dropout: float) -> None:
-    """Whether the network ever learns what it means to be told nothing.
+    """Whether the network ever learns what it means to be told nothing, and something.
 
     Raises:
         ValueError: if not.
@@ -90,4 +90,9 @@ def check_learned(dropout: float) -> None:
         raise ValueError(
             "condition.dropout=0: what the network says when it is told nothing is not learned, so that it cannot "
             "guide; take guidance.scale=1, or train with condition.dropout=0.1"
+        )
+    if dropout == 1:
+        raise ValueError(
+            "condition.dropout=1: the network is never told anything, so that there is nothing to guide by; take "
+            "guidance.scale=1, or train with condition.dropout=0.1"
         )

@@ -3,7 +3,7 @@
 import itertools
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,15 @@ class Source(ABC):
 
     @abstractmethod
     def batches(
-        self, batch_size: int, seed: int, first_step: int = 0, *, lanes: int = 1, rank: int = 0, world_size: int = 1
+        self,
+        batch_size: int,
+        seed: int,
+        first_step: int = 0,
+        *,
+        lanes: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        skip: Collection[int] = (),
     ) -> Generator[dict[str, Any], None, None]:
         """Endless batches from the given step on; closing the generator ends its workers.
 
@@ -85,6 +93,7 @@ class Source(ABC):
             lanes: among which a global batch is divided.
             rank: of the device; it gets the lanes rank * lanes / world_size and so on, one behind the other.
             world_size: number of devices.
+            skip: steps whose batches are left out.
 
         Yields:
             `image`, uint8 (B, C, H, W), or `latent`, (B, K, c, h, w), and `key`, an array of B names, and the fields:

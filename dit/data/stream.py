@@ -1,7 +1,7 @@
 """Indexed tar shards as endless batches whose order is a pure function, and that go on at any step."""
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,9 @@ class Stream(Source):
                 f"data.path={paths}"
             )
         if encoded and crop == "random":
-            raise ValueError("data.crop=random, but encoded shards are cropped already: take data.crop=centre")
+            raise ValueError(
+                "data.crop=random, but encoded shards are cropped already (data.encoded=true): take data.crop=centre"
+            )
         if len(set(paths)) < len(paths):
             raise ValueError(f"data.path={paths} names a folder twice: take data.order=resampled and data.weights")
         if max_bad > 1:
@@ -174,13 +176,21 @@ class Stream(Source):
         raise ValueError(f"none of the first samples can be used, the last being {reason}")
 
     def batches(
-        self, batch_size: int, seed: int, first_step: int = 0, *, lanes: int = 1, rank: int = 0, world_size: int = 1
+        self,
+        batch_size: int,
+        seed: int,
+        first_step: int = 0,
+        *,
+        lanes: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        skip: Collection[int] = (),
     ) -> Generator[dict[str, Any], None, None]:
         """Endless batches from the given step on, see `Source.batches`."""
         own = share(lanes, rank, world_size)
         self.shards.keep = 2 * len(own) * (self.window + 1)
         steps = _Steps(self, self.ordered(batch_size, seed, lanes), own)
-        return self._watched(iter(self._loader(steps, count(first_step))))
+        return self._watched(iter(self._loader(steps, (step for step in count(first_step) if step not in skip))))
 
     def ordered(self, batch_size: int, seed: int, lanes: int) -> Order:
         """Which sample when."""

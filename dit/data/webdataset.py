@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import random
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +76,23 @@ class WebDataset(Source):
         return hashlib.sha256(found.encode()).hexdigest()[:16]
 
     def batches(
-        self, batch_size: int, seed: int, first_step: int = 0, *, lanes: int = 1, rank: int = 0, world_size: int = 1
+        self,
+        batch_size: int,
+        seed: int,
+        first_step: int = 0,
+        *,
+        lanes: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        skip: Collection[int] = (),
     ) -> Generator[dict[str, Any], None, None]:
         """Endless batches, each device's of its share of the shards."""
         self.check(batch_size, lanes, world_size)
         rows = batch_size * len(share(lanes, rank, world_size)) // lanes
-        yield from self._loader(_Batches(self, _shards(self.paths[0]), rows, seed, first_step, rank, world_size))
+        batches = _Batches(self, _shards(self.paths[0]), rows, seed, first_step, rank, world_size)
+        for step, batch in enumerate(self._loader(batches), first_step):
+            if step not in skip:
+                yield batch
 
     def first(self) -> dict[str, Any]:
         """The first sample of the first shard, as a batch of one."""

@@ -100,6 +100,9 @@ def judge(
     }
 
 
+judge.fields = ("label",)  # type: ignore[attr-defined]
+
+
 def _in_turn(labels: Tensor, asked: Tensor) -> Tensor:
     """For each class asked for, the number of the next sample of it.
 

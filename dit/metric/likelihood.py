@@ -92,6 +92,7 @@ def check(subject: Subject) -> None:
 
 
 likelihood.check = check  # type: ignore[attr-defined]
+likelihood.pixels = True  # type: ignore[attr-defined]
 
 
 def log_likelihood(

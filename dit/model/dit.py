@@ -157,7 +157,7 @@ class DiT(nn.Module):
         for name, value in (sizes | {"class_tokens_from": class_tokens_from}).items():
             if value < 0:
                 raise ValueError(f"model.{name}={value} must not be negative")
-        _check_divides("patch_size", patch_size, "input_size", input_size)
+        _check_divides("patch_size", patch_size, "input_size", input_size, " (latent.size, of data.image_size)")
         _check_divides("num_heads", num_heads, "hidden_size", hidden_size)
         if not 0 < mlp_ratio < 1000:
             raise ValueError(f"model.mlp_ratio={mlp_ratio} must be positive, like 4")
@@ -306,7 +306,7 @@ def _norm(hidden_size: int, rms_norm: bool) -> nn.Module:
     return nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
 
 
-def _check_divides(name: str, value: int, of: str, total: int) -> None:
+def _check_divides(name: str, value: int, of: str, total: int, whence: str = "") -> None:
     if total % value:
         divisors = [d for d in range(1, total + 1) if total % d == 0]
-        raise ValueError(f"model.{name}={value} does not divide {of}={total}: choose one of {divisors}")
+        raise ValueError(f"model.{name}={value} does not divide {of}={total}{whence}: choose one of {divisors}")

@@ -37,10 +37,12 @@ class Denoiser(nn.Module):
         t = torch.tensor(schedule.t_max, dtype=torch.float64)
         (a, b), (alpha, sigma) = coefficients, level = prediction(schedule, t), schedule(t)
         if abs(determinant(coefficients, level)) < 1e-12:
+            name = getattr(getattr(prediction, "func", prediction), "__name__", "")
             raise ValueError(
-                f"the prediction F = {a:g} x0 + {b:g} eps cannot be solved for x0 at t={schedule.t_max:g}, where "
-                f"alpha={alpha:g}, sigma={sigma:g}: choose another prediction (v works everywhere), or let sampling "
-                f"begin a little earlier, with noise.t_max={0.999 * schedule.t_max:.4g} where the schedule has it"
+                f"prediction={name}, F = {a:g} x0 + {b:g} eps, cannot be solved for x0 at the end of this noise, "
+                f"t={schedule.t_max:g}, where alpha={alpha:g}, sigma={sigma:g}: choose another prediction (v works "
+                "everywhere), or let sampling begin a little earlier, with noise.zero_terminal_snr=false or "
+                f"noise.t_max={0.999 * schedule.t_max:.4g}, where the schedule has it"
             )
 
     def output(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Output:

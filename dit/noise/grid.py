@@ -32,10 +32,10 @@ def shifted(schedule: Schedule, num_steps: int, *, shift: float = 3.0) -> Tensor
 
 def respaced(schedule: Schedule, num_steps: int) -> Tensor:
     """Of N discrete steps the first, the last and evenly spread others, as the published DiT samples."""
-    total = num_discrete_steps(schedule, "grid=evenly")
+    total = num_discrete_steps(schedule, "grid=respaced", "grid=evenly")
     if not 1 <= num_steps <= total:
         raise ValueError(
-            f"sampler.num_steps={num_steps} must lie between 1 and the schedule's {total} for grid=respaced"
+            f"sampler.num_steps={num_steps} must lie between 1 and noise.num_steps={total} for grid=respaced"
         )
     indices = torch.linspace(total - 1, 0, num_steps, dtype=torch.float64).round()
     return torch.cat([(indices + 1) / total * schedule.t_max, indices.new_zeros(1)])

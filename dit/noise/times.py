@@ -19,7 +19,7 @@ def uniform(schedule: Schedule, u: Tensor, *, shift: float = 1.0) -> Tensor:
 
 def discrete(schedule: Schedule, u: Tensor) -> Tensor:
     """One of the times k / N, k = 1..N, of a schedule with N discrete steps, as DDPM draws them."""
-    num_steps = num_discrete_steps(schedule, "times=uniform")
+    num_steps = num_discrete_steps(schedule, "times=discrete", "times=uniform")
     return ((1 - u) * num_steps).ceil().clamp(1, num_steps) / num_steps * schedule.t_max
 
 
@@ -84,14 +84,15 @@ def shifted(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def num_discrete_steps(schedule: Schedule, instead: str) -> int:
+def num_discrete_steps(schedule: Schedule, wanted_by: str, instead: str) -> int:
     """N of a schedule with discrete steps.
 
     Raises:
-        ValueError: if it has none, with what to choose instead.
+        ValueError: if it has none, with what to choose instead of what wants them.
     """
     if schedule.num_steps is None:
-        raise ValueError(f"{type(schedule).__name__} has no discrete steps: choose {instead}")
+        name = type(schedule).__name__
+        raise ValueError(f"{wanted_by} wants noise.num_steps, but {name} has no discrete steps: choose {instead}")
     return schedule.num_steps
 
 

@@ -57,6 +57,7 @@ def linear(
     num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, zero_terminal_snr: bool = False
 ) -> VP:
     """Betas rising linearly from beta_start to beta_end (arXiv:2006.11239, section 4)."""
+    _check_rises(beta_start, beta_end)
     return VP(torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64), zero_terminal_snr)
 
 
@@ -66,6 +67,7 @@ def scaled_linear(
     """sqrt(beta) rising linearly, as in latent and Stable Diffusion (arXiv:2112.10752)."""
     if not (beta_start >= 0 and beta_end >= 0):
         raise ValueError(f"beta_start={beta_start} and beta_end={beta_end} must lie in (0, 1)")
+    _check_rises(beta_start, beta_end)
     return VP(torch.linspace(beta_start**0.5, beta_end**0.5, num_steps, dtype=torch.float64) ** 2, zero_terminal_snr)
 
 
@@ -73,6 +75,7 @@ def sigmoid_betas(
     num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, zero_terminal_snr: bool = False
 ) -> VP:
     """Betas rising along a sigmoid from beta_start to beta_end: GeoDiff's (arXiv:2203.02923), diffusers' `sigmoid`."""
+    _check_rises(beta_start, beta_end)
     ramp = torch.linspace(-6, 6, num_steps, dtype=torch.float64).sigmoid()
     return VP(beta_start + (beta_end - beta_start) * ramp, zero_terminal_snr)
 
@@ -102,3 +105,8 @@ def sigmoid(
     f = (-torch.linspace(start, end, num_steps + 1, dtype=torch.float64) / tau).sigmoid()
     f = (f - f[-1]) / (f[0] - f[-1])
     return VP((1 - f[1:] / f[:-1]).clamp(max=beta_max), zero_terminal_snr)
+
+
+def _check_rises(beta_start: float, beta_end: float) -> None:
+    if beta_start > beta_end:
+        raise ValueError(f"noise.beta_start={beta_start} must not be more than noise.beta_end={beta_end}: noise grows")

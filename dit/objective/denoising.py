@@ -14,6 +14,8 @@ from dit.noise.schedule import Schedule
 from dit.noise.times import num_discrete_steps
 from dit.objective.objective import Batch, Objective
 
+MOST = 1e10  # times the median weight; more is a loss without a bound near the data
+
 
 class Denoising(Objective):
     """E w(t) |F(alpha x0 + sigma eps, t) - (a x0 + b eps)|^2, mean over all elements.
@@ -61,10 +63,18 @@ class Denoising(Objective):
     def check(self, denoiser: Denoiser) -> None:
         """Refuse what is known beforehand not to work."""
         u = torch.linspace(0, 1 - 1e-6, 8)
-        self.weight_of_f(denoiser, self.times(denoiser.schedule, u))
+        weights = self.weight_of_f(denoiser, self.times(denoiser.schedule, u))
+        if not (ratio := weights.max() / weights.median()) < MOST:
+            raise ValueError(
+                f"objective.max_weight={'null' if self.max_weight is None else self.max_weight}, but with this weight, "
+                f"prediction and times one error counts {ratio:.0e} times as much as others: give "
+                "objective.max_weight=400, or take another weight, like weight=none"
+            )
         if self.bound_weight:
-            if num_discrete_steps(denoiser.schedule, "objective.bound_weight=0") < 2:
-                raise ValueError("objective.bound_weight needs noise.num_steps of at least 2")
+            if (num_steps := self._num_steps(denoiser)) < 2:
+                raise ValueError(
+                    f"objective.bound_weight={self.bound_weight} wants noise.num_steps of at least 2, not {num_steps}"
+                )
             if not getattr(denoiser.network, "learn_sigma", False):
                 raise ValueError(
                     f"objective.bound_weight={self.bound_weight} is for a learned variance, which this network does "
@@ -97,11 +107,15 @@ class Denoising(Objective):
         weight = self.weight(schedule, t) * (level.sigma / determinant(denoiser.prediction(schedule, t), level)) ** 2
         return weight if self.max_weight is None else weight.clamp(max=self.max_weight)
 
+    def _num_steps(self, denoiser: Denoiser) -> int:
+        return num_discrete_steps(
+            denoiser.schedule, f"objective.bound_weight={self.bound_weight}", "objective.bound_weight=0"
+        )
+
     def _bits(self, denoiser: Denoiser, output: Output, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The variational bound's term of a discrete schedule from t to the step before, of the variance alone."""
         t = t.double()
-        num_steps = num_discrete_steps(denoiser.schedule, "objective.bound_weight=0")
-        step = denoiser.schedule.t_max / num_steps
+        step = denoiser.schedule.t_max / self._num_steps(denoiser)
         s = ((t / step).round() - 1).clamp(min=0) * step
         estimate = denoiser.estimate(Output(output.f.detach(), output.variance), x_t, t)
         return nats(denoiser.schedule, estimate, x0, t, s).mean() / math.log(2)

@@ -11,10 +11,9 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from dit.latent.latent import Latent
-from dit.latent.pixels import Pixels
 from dit.metric.subject import Samples, Subject
 from dit.sampler.pipeline import to_uint8
-from dit.train.build import build
+from dit.train.build import PIXELS, build
 
 
 class Reconstructor(nn.Module):
@@ -51,9 +50,13 @@ class AutoencoderParts:
         self.condition = build(cfg.condition)
         self.model = build(cfg.model)
         if self.condition.sizes or self.condition.fields:
-            raise ValueError("an autoencoder is told nothing besides the image: choose condition=none")
-        if not isinstance(self.latent(), Pixels):
-            raise ValueError("an autoencoder sees pixels: choose latent=pixels")
+            raise ValueError("objective=autoencoding tells nothing besides the image: choose condition=none")
+        if cfg.latent._target_ != PIXELS:
+            raise ValueError(
+                f"objective=autoencoding sees pixels, but latent.name={cfg.latent.get('name')}: latent=pixels"
+            )
+        if cfg.data.get("encoded"):
+            raise ValueError("objective=autoencoding sees images, but data.encoded=true: take data of images")
         for ours, theirs in {"in_channels": "channels", "input_size": "image_size"}.items():
             if (mine := cfg.model.get(ours, cfg.data[theirs])) != cfg.data[theirs]:
                 raise ValueError(f"model.{ours}={mine} differs from data.{theirs}={cfg.data[theirs]}")

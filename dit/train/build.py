@@ -22,6 +22,7 @@ from dit.noise.schedule import Schedule
 from dit.sampler.pipeline import Pipeline
 from dit.train.kind import autoencodes
 
+PIXELS = "dit.latent.pixels.Pixels"
 SAME = [("model.in_channels", "latent.channels"), ("model.input_size", "latent.size")]
 
 
@@ -29,7 +30,8 @@ class Parts:
     """The objects that a configuration describes; the schedule is built once, networks and VAEs only when asked for.
 
     Args:
-        cfg: with the nodes noise, prediction, model, condition, latent, sampler, grid and guidance.
+        cfg: of what draws images, with its noise, times, prediction, model, condition, latent, data, sampler, grid and
+            guidance.
 
     Raises:
         ValueError: if a value is out of range, or two do not fit together.
@@ -43,6 +45,7 @@ class Parts:
         self.model = build(cfg.model)
         self._sampler = build({name: value for name, value in cfg.sampler.items() if name != "num_steps"})
         self._guidance = build(cfg.guidance)
+        self._check_sizes()
         denoiser = self.denoiser("meta")  # what does not fit fails here, before anything large is made
         if hasattr(denoiser.network, "encode"):
             raise ValueError(
@@ -52,10 +55,20 @@ class Parts:
         times = self.grid(self.schedule)
         learned = torch.zeros(1, 1) if getattr(denoiser.network, "learn_sigma", False) else None
         self._sampler(lambda x, t: Estimate(x, x, learned), self.schedule, torch.zeros(1, 1), times[-3:])
-        if cfg.sampler.get("variance") == "learned" and not cfg.objective.get("bound_weight"):
-            raise ValueError("sampler.variance=learned, but it is not learned: train with objective.bound_weight=1")
-        if (cfg.guidance.get("channels") or 0) > cfg.latent.channels:
-            raise ValueError(f"guidance.channels={cfg.guidance.channels}, but latent.channels={cfg.latent.channels}")
+        self._check_drawn()
+        self._check_told()
+
+    def _check_sizes(self) -> None:
+        """See that data, latent space and network are of one size.
+
+        Raises:
+            ValueError: if they are not.
+        """
+        cfg = self.cfg
+        if cfg.data.get("encoded") and cfg.latent._target_ == PIXELS:
+            raise ValueError(
+                "data.encoded=true, but latent=pixels: take the latent= that encoded them, or data of images"
+            )
         stride = cfg.latent.get("stride", 1)
         if cfg.latent.size * stride != cfg.data.image_size:
             size = f"latent.size={cfg.latent.size} is not data.image_size={cfg.data.image_size}"
@@ -65,11 +78,47 @@ class Parts:
             if (mine := OmegaConf.select(cfg, ours)) != (other := OmegaConf.select(cfg, theirs)):
                 raise ValueError(f"{ours}={mine} differs from {theirs}={other}")
 
+    def _check_drawn(self) -> None:
+        """See that what is trained can be sampled so.
+
+        Raises:
+            ValueError: if not.
+        """
+        cfg = self.cfg
+        if cfg.sampler.get("variance") == "learned" and not cfg.objective.get("bound_weight"):
+            raise ValueError("sampler.variance=learned, but it is not learned: train with objective.bound_weight=1")
+        if (cfg.guidance.get("channels") or 0) > cfg.latent.channels:
+            raise ValueError(f"guidance.channels={cfg.guidance.channels}, but latent.channels={cfg.latent.channels}")
+        for key in ("clip", "dynamic_clip"):
+            if (value := cfg.guidance.get(key)) is not None and cfg.latent._target_ != PIXELS:
+                raise ValueError(
+                    f"guidance.{key}={value} is for pixels, but latent.name={cfg.latent.get('name')}: take "
+                    f"guidance.{key}=null"
+                )
+        steps, most = cfg.sampler.num_steps, self.schedule.num_steps
+        if most and steps > most and cfg.times._target_ == "dit.noise.times.discrete":
+            raise ValueError(
+                f"sampler.num_steps={steps} is more than noise.num_steps={most}, and times=discrete trains at no other "
+                f"times: take at most {most}, or train with times=uniform"
+            )
+
+    def _check_told(self) -> None:
+        """See that the data have what the condition reads.
+
+        Raises:
+            ValueError: if not.
+        """
+        cfg = self.cfg
         ours, theirs = self.condition.sizes.get("num_classes"), cfg.data.num_classes
         if ours not in (None, theirs):
             raise ValueError(f"condition.num_classes={ours} differs from data.num_classes={theirs}")
         there = ["latent" if cfg.data.get("encoded") else "image", *cfg.data.get("fields", ["label"])]
-        if missing := [field for field in self.condition.fields if field not in there]:
+        missing = [field for field in self.condition.fields if field not in there]
+        if "image" in missing:
+            raise ValueError(
+                "the condition reads the image, but data.encoded=true has latents alone: take data of images"
+            )
+        if missing:
             fields = ",".join([*there[1:], *missing])
             raise ValueError(f"the condition reads {missing[0]}, which data.fields leaves out: data.fields=[{fields}]")
 

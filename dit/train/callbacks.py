@@ -2,7 +2,6 @@
 
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -15,7 +14,9 @@ from torch import Tensor
 
 from dit.data.image import encode_png, grid
 from dit.train import checkpoint
+from dit.train.attempts import Attempts
 from dit.train.checkpoint import Saver
+from dit.train.goodput import duration
 from dit.train.guard import Bad, NumericError
 from dit.train.lines import append, rewound
 from dit.train.module import DiffusionModule
@@ -32,6 +33,7 @@ class Recorder(Callback):
         batch_size: images a step.
         every_steps: a line every so many steps, and after the last.
         world: the processes over which the loss is averaged; the first one writes.
+        attempts: is told each step; its clock is that of the speed.
         beside: what else a line says.
     """
 
@@ -42,6 +44,7 @@ class Recorder(Callback):
         batch_size: int,
         every_steps: int,
         world: World,
+        attempts: Attempts,
         beside: Callable[[], dict[str, Any]] = dict,
     ):
         self.path = path
@@ -49,6 +52,8 @@ class Recorder(Callback):
         self.batch_size = batch_size
         self.every_steps = every_steps
         self.world = world
+        self.attempts = attempts
+        self.clock = attempts.clock
         self.beside = beside
         self.last: dict[str, Any] = {}
         self.loss_sum = torch.zeros(())
@@ -77,23 +82,28 @@ class Recorder(Callback):
         """The mean speed of training proper since this process began; the last line's if it had no step to do."""
         return self.total_images / self.total_seconds if self.total_seconds else self.last.get("images_per_second", 0.0)
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time spent inside does not count as training."""
-        began = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - began
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self.loss_sum, self.num_losses = self.loss_sum.to(pl_module.device), self.num_losses.to(pl_module.device)
-        self._since = time.perf_counter()
+        self.clock.enter("step")
+        self._since = self.clock.training
         self._images = 0
+
+    def on_train_batch_start(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: DiffusionModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the step that begins; if its data could not be had, it is where this ends."""
+        pl_module.step = self.attempts.passed_over(pl_module.step)
+        self.attempts.begins(pl_module.step + 1)
+        if isinstance(batch, Exception):
+            raise batch
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: DiffusionModule, outputs: Mapping[str, Tensor], batch: Any, batch_idx: int
     ) -> None:
         """Sum the loss of steps that were taken, and write a line where one is due."""
+        if self.attempts.passed_over(pl_module.step) == self.max_steps:
+            pl_module.step = self.max_steps
         self.loss_sum = self.loss_sum + torch.where(outputs["applied"], outputs["loss"], 0)
         self.num_losses = self.num_losses + outputs["applied"]
         self._images += self.batch_size
@@ -104,7 +114,7 @@ class Recorder(Callback):
     def _write(self, step: int, grad_norm: float, lr: float) -> None:
         number = int(self.num_losses)
         loss = self.world.mean(self.loss_sum).item() / number if number else None
-        now = time.perf_counter()
+        now = self.clock.training
         rate = self._images / (now - self._since)
         self.total_images += self._images
         self.total_seconds += now - self._since
@@ -114,19 +124,25 @@ class Recorder(Callback):
         self.last = {"step": step, "images": step * self.batch_size, "loss": loss}
         self.last |= {"grad_norm": grad_norm if math.isfinite(grad_norm) else None, "lr": lr}
         self.last |= {"images_per_second": round(rate, 1), **self.beside()}
+        self.attempts.replaced = self.last.get("replaced", 0)
         if not self.world.is_first:
             return
         with self.forgiven():
             append(self.path, self.last)
 
-        seconds_left = round((self.max_steps - step) * self.batch_size / rate)
-        left = f"{seconds_left // 3600}:{seconds_left // 60 % 60:02d}:{seconds_left % 60:02d}"
         shown = "-" if loss is None else f"{loss:.4f}"
+        left = duration((self.max_steps - step) * self.batch_size / rate)
         line = f"step {step}/{self.max_steps}  loss {shown}  {rate:,.0f} images/s  {left} left"
         if sys.stdout.isatty():
             print(f"\r\033[K{line}", end="" if step < self.max_steps else "\n", flush=True)
         else:
             print(line, flush=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: DiffusionModule) -> None:  # type: ignore[override]
+        """Stop the clock of training."""
+        pl_module.step = self.attempts.passed_over(pl_module.step)
+        self.clock.enter("other")
+        self.attempts.trained(pl_module.step)
 
     @contextmanager
     def forgiven(self) -> Iterator[None]:
@@ -175,7 +191,7 @@ class Preview(Callback):
         """Draw where a picture is due, and after the last step."""
         step = pl_module.step
         if step % self.every_steps == 0 or step == self.recorder.max_steps:
-            with self.recorder.paused():
+            with self.recorder.clock.of("preview"):
                 images = self._drawn(pl_module)
                 if images is None or not self.recorder.world.is_first:
                     return
@@ -228,7 +244,7 @@ class Skips(Callback):
         for bad in guard.bad(to_the_last=last):
             self._report(bad)
         if guard.broken and guard.first_bad is not None:
-            with self.recorder.paused():
+            with self.recorder.clock.of("checkpoint"):
                 since = guard.first_bad
                 guard.roll_back()
                 at = self.roll_back(pl_module, since)
@@ -330,7 +346,7 @@ class Checkpoints(Callback):
         self.preemption.exit_code = self.recorder.world.most(self.preemption.exit_code or 0) or None
         stop = self.preemption.exit_code is not None
         last = stop or step == self.recorder.max_steps
-        with self.recorder.paused():
+        with self.recorder.clock.of("checkpoint"):
             if self.snapshooter and self.snapshot_every_steps and step % self.snapshot_every_steps == 0:
                 self.snapshooter.save(step, pl_module.strategy.saved(pl_module, averages_only=True), {"step": step})
             if last or step % self.every_steps == 0:

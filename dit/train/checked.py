@@ -4,8 +4,9 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 
+from dit.metric.subject import check_given
 from dit.objective.objective import Objective
-from dit.train.build import build, parts_of
+from dit.train.build import PIXELS, build, parts_of
 from dit.train.devices import strategy_of
 from dit.train.layout import Layout, divided
 from dit.train.strategy import Strategy
@@ -40,8 +41,11 @@ def checked(cfg: DictConfig, layout: Layout) -> Checked:
     objective.check(denoiser)
     strategy.check(options, denoiser, objective)
     strategy.arrange(denoiser.network, options)
-    if cfg.metric and data.held_out is None:
-        raise ValueError("data.held_out=null, but the metric needs held-out images: give a folder, or metric=none")
+    build(cfg.learning_rate)(0)
+    if cfg.metric:
+        check_given(build(cfg.metric), cfg.data.get("fields", ["label"]), cfg.latent._target_ == PIXELS)
+        if data.held_out is None:
+            raise ValueError("data.held_out=null, but the metric needs held-out images: give a folder, or metric=none")
     return Checked(data, parts, objective, denoiser, strategy, num_micro_batches)
 
 

@@ -6,7 +6,7 @@ import os
 import torch
 from omegaconf import DictConfig
 
-from dit.train.layout import Layout, divided, layout_on
+from dit.train.layout import Layout, layout_on
 from dit.train.strategy import Strategy
 from dit.train.world import World
 
@@ -42,8 +42,8 @@ def num_processes(options: DictConfig) -> int:
     return torch.cuda.device_count() if options.accelerator == "gpu" else 1
 
 
-def check_launch(options: DictConfig, number: int) -> None:
-    """See whether so many processes on this machine alone are what is asked for, and can share the work.
+def check_launch(options: DictConfig, number: int) -> Layout:
+    """How so many processes on this machine alone share the work, if that is what is asked for.
 
     Raises:
         ValueError: if not.
@@ -54,7 +54,7 @@ def check_launch(options: DictConfig, number: int) -> None:
         raise ValueError(f"trainer.devices={number}, but this machine has {os.cpu_count()} cores: take at most {most}")
     if options.accelerator == "gpu" and number > (there := torch.cuda.device_count()):
         raise ValueError(f"trainer.devices={number}, but this machine has {there} GPUs: take at most {there}")
-    divided(layout_on(options, 1, number), options.batch_size, options.micro_batch_size, options.lanes)
+    return layout_on(options, 1, number)
 
 
 def layout_of(options: DictConfig, world: World) -> Layout:

@@ -35,7 +35,10 @@ def arrange(
         raise ValueError(f"trainer.activation_checkpointing={checkpointing}: choose one of {', '.join(CHECKPOINTING)}")
     units: Any = getattr(network, "units", ())
     if not units and (compile or checkpointing != "none"):
-        raise ValueError(f"{type(network).__name__} names no units to compile or to checkpoint")
+        option = "compile=true" if compile else f"activation_checkpointing={checkpointing}"
+        raise ValueError(
+            f"trainer.{option}: model {type(network).__name__} names no units to compile or to checkpoint; leave it out"
+        )
     if channels_last:
         network.to(memory_format=torch.channels_last)
     for module in network.modules():

@@ -22,6 +22,11 @@ def autoencodes(cfg: Any) -> bool:
             f"objective=autoencoding trains an autoencoder, which knows no {some[0]}: choose {some[0]}=none, as "
             "experiment=digits_vae does"
         )
+    if cfg.get("weight"):
+        raise ValueError(
+            "objective=autoencoding weighs no times, so that weight= does nothing: leave it out, as "
+            "experiment=digits_vae does"
+        )
     return True
 
 

@@ -103,7 +103,7 @@ def check(layout: Layout) -> None:
         )
     if parallel > 1 and layout.strategy != "fsdp":
         raise ValueError(
-            f"trainer.tensor_parallel_size={parallel} needs trainer=fsdp_tp, not strategy={layout.strategy}"
+            f"trainer.tensor_parallel_size={parallel} needs trainer=fsdp_tp, not trainer.strategy={layout.strategy}"
         )
     if layout.gpus % parallel:
         raise ValueError(f"trainer.tensor_parallel_size={parallel} must divide trainer.devices={layout.gpus}")
@@ -120,6 +120,10 @@ def divided(layout: Layout, batch: int, micro_batch: int | None, lanes: int | No
         ValueError: if they do not divide it, with the way out.
     """
     ranks = layout.data_parallel
+    if micro_batch and micro_batch > batch:
+        raise ValueError(
+            f"trainer.micro_batch_size={micro_batch} is more than trainer.batch_size={batch}: take less, or null"
+        )
     share, rest = divmod(batch, ranks)
     if rest or not share:
         raise ValueError(f"trainer.batch_size={batch} must be a multiple of the {ranks} ranks that share a batch")

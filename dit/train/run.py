@@ -17,11 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from dit.metric.subject import Samples, Subject, check
-from dit.train import checkpoint
+from dit.train import checkpoint, goodput
+from dit.train.attempts import Attempts
 from dit.train.build import build
 from dit.train.checked import build_trained, checked
 from dit.train.devices import layout_of, settled
 from dit.train.encoding import check_encoded, identity
+from dit.train.environment import gathered
 from dit.train.lines import rewound
 from dit.train.same import differences
 from dit.train.strategy import Strategy
@@ -35,7 +37,14 @@ if TYPE_CHECKING:  # importing lightning takes seconds, which a mistake in the c
     from dit.train.module import DiffusionModule
     from dit.train.preemption import Preemption
 
-PROGRESS = {"step", "loss", "images_per_second", "skipped", "replaced"}  # the figures of a summary that no metric gave
+PROGRESS = {
+    "step",
+    "loss",
+    "images_per_second",
+    "skipped",
+    "replaced",
+    "goodput",
+}  # the figures of a summary that no metric gave
 
 
 class Run:
@@ -54,6 +63,7 @@ class Run:
     """
 
     def __init__(self, cfg: DictConfig):
+        self.clock = goodput.Clock()
         self.cfg = cfg = settled(cfg)
         self.world = World()
         self.layout = layout_of(cfg.trainer, self.world)
@@ -193,31 +203,37 @@ class Run:
             The exit code if a signal ended the run early, or None.
         """
         summary = self.folder / "summary.json"
-        max_steps = self.cfg.trainer.max_steps
         try:
             before = self.world.once(lambda: json.loads(summary.read_text()) if summary.exists() else {})
             judged = bool(before.keys() - PROGRESS) or not self.cfg.metric
-            if before.get("step") == self.step == max_steps and judged:
+            if before.get("step") == self.step == self.cfg.trainer.max_steps and judged:
                 self.world.say(f"dit: {self.folder} is complete at step {self.step}")
                 if self.world.is_first:
                     _report(self.folder, before)
                 return None
-            self.prepare()
-            batch, devices = self.cfg.trainer.batch_size, self.layout.data_parallel
-            parts = devices * self.num_micro_batches
-            among = [f"{devices} devices"] if devices > 1 else []
-            among += [f"{self.num_micro_batches} parts"] if self.num_micro_batches > 1 else []
-            among += [f"{batch // parts} images"] if among else []
-            on = f" on {self.world.size} devices ({self.layout.name})" if self.world.size > 1 else ""
-            self.world.say(
-                f"dit: {self.folder}: {f'going on from step {self.step}' if self.step else 'a new run'}, "
-                f"{self.num_parameters:,} parameters, {max_steps} steps of {batch} images"
-                f"{' = ' + ' x '.join(among) if among else ''}, lr {self.cfg.optimizer.lr:g}{on}"
-            )
-            self.world.once(self._prepare_folder)
-            return self._train()
+            about, poison = gathered(self.world, self.device), self.cfg.trainer.poison_step
+            with Attempts(self.folder, self.world, self.clock, self.step, poison, about) as self.attempts:
+                self.attempts.code = self._begin() or 0
+            return self.attempts.code or None
         finally:
             self._leave()
+
+    def _begin(self) -> int | None:
+        """Say what is trained, and train; the exit code if a signal came."""
+        self.prepare()
+        batch, devices = self.cfg.trainer.batch_size, self.layout.data_parallel
+        parts = devices * self.num_micro_batches
+        among = [f"{devices} devices"] if devices > 1 else []
+        among += [f"{self.num_micro_batches} parts"] if self.num_micro_batches > 1 else []
+        among += [f"{batch // parts} images"] if among else []
+        on = f" on {self.world.size} devices ({self.layout.name})" if self.world.size > 1 else ""
+        self.world.say(
+            f"dit: {self.folder}: {f'going on from step {self.step}' if self.step else 'a new run'}, "
+            f"{self.num_parameters:,} parameters, {self.cfg.trainer.max_steps} steps of {batch} images"
+            f"{' = ' + ' x '.join(among) if among else ''}, lr {self.cfg.optimizer.lr:g}{on}"
+        )
+        self.world.once(self._prepare_folder)
+        return self._train()
 
     def _prepare_folder(self) -> None:
         """Make room for what the run leaves."""
@@ -273,6 +289,7 @@ class Run:
             options.batch_size,
             options.log_every_steps,
             self.world,
+            self.attempts,
             lambda: self._left_out(module),
         )
         columns = min(10, self.parts.condition.sizes.get("num_classes", 10))
@@ -310,7 +327,7 @@ class Run:
             enable_model_summary=False,
             default_root_dir=self.folder,
             callbacks=[
-                *([Ledger(self.folder / "ledger", 0, self.world)] if options.ledger else []),
+                *([Ledger(self.folder / "ledger", self.attempts.number, self.world)] if options.ledger else []),
                 recorder,
                 Skips(self.folder / "skipped.jsonl", recorder, checkpoints.roll_back),
                 checkpoints,  # before the preview, which may take long
@@ -321,10 +338,12 @@ class Run:
         # Lightning would wait for the device at each step to hear whether a signal came; `Preemption` listens.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         share = {"rank": self.strategy.data_rank, "world_size": self.strategy.data_size}
-        batches = self.data.batches(options.batch_size, cfg.seed, self.step, lanes=options.lanes, **share)
+        skip = {step - 1 for step in self.attempts.left_out}  # steps of data are counted from 0
+        batches = self.data.batches(options.batch_size, cfg.seed, self.step, lanes=options.lanes, skip=skip, **share)
+        number = options.max_steps - self.step - sum(self.step <= step < options.max_steps for step in skip)
         # Closing ends the data's workers, which leave signals to us, and a save that is under way.
         with preemption, closing(checkpoints), closing(batches):
-            trainer.fit(module, itertools.islice(batches, options.max_steps - self.step))
+            trainer.fit(module, self.clock.fetched(itertools.islice(batches, number)))
         return preemption.exit_code
 
     def _processes(self) -> dict[str, Any]:
@@ -382,21 +401,31 @@ class Run:
                 "images_per_second": round(recorder.images_per_second, 1),
                 **recorder.beside(),
             }
-            with self._as_sampled(module, trainer):
-                if self.world.is_first:
-                    self.parts.export(module.denoiser, self.data, self.folder)
-            if self.cfg.metric:
-                self.world.say(f"dit: judging {self.cfg.evaluation.num_images} samples")
-                train, held_out = self.data.read("train"), self.data.read("held_out")
-                subject = self._subject(module, trainer)
-                summary |= build(self.cfg.metric)(subject, train, held_out, num_images=self.cfg.evaluation.num_images)
+            with self.clock.of("evaluation"):
+                summary |= self._judged(module, trainer)
             if self.world.is_first:
+                self.attempts.trained(module.step)  # what judging has taken, too
+                if useful := goodput.of_run(self.folder)[0]:
+                    summary["goodput"] = round(useful, 4)
                 _write(self.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
                 _report(self.folder, summary)
         else:
             self.world.say(f"dit: stopped and saved at step {module.step}; the same command goes on from there")
         if self.tracker:
             self.tracker.finish()
+
+    def _judged(self, module: "DiffusionModule", trainer: "Trainer") -> dict[str, Any]:
+        """What others need of it exported, and the figures of the metric."""
+        with self._as_sampled(module, trainer):
+            if self.world.is_first:
+                self.parts.export(module.denoiser, self.data, self.folder)
+        if not self.cfg.metric:
+            return {}
+        self.world.say(f"dit: judging {self.cfg.evaluation.num_images} samples")
+        train, held_out = self.data.read("train"), self.data.read("held_out")
+        subject, number = self._subject(module, trainer), self.cfg.evaluation.num_images
+        figures: dict[str, Any] = build(self.cfg.metric)(subject, train, held_out, num_images=number)
+        return figures
 
 
 def _shown(subject: Subject, samples: Samples, columns: int) -> Tensor:
@@ -425,5 +454,8 @@ def _report(folder: Path, summary: dict[str, Any]) -> None:
     where |= {"metrics": folder / "metrics.jsonl", "summary": folder / "summary.json"}
     offline = sorted(folder.glob("wandb/*run-*"))
     where |= {"wandb": offline[-1]} if offline else {}
-    for name, value in (where | summary).items():
+    where |= {name: value for name, value in summary.items() if name != "goodput"}
+    for name, value in where.items():
         print(f"  {name:<18} {f'{value:.4g}' if isinstance(value, float) else value}")
+    for line in goodput.of_run(folder)[1]:
+        print(line)

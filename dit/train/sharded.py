@@ -50,7 +50,8 @@ class Sharded(Strategy):
         """Refuse networks that name no units, and sizes that do not divide them."""
         if not getattr(denoiser.network, "units", ()):
             raise ValueError(
-                f"trainer.strategy=fsdp: {type(denoiser.network).__name__} names no units to shard; choose trainer=ddp"
+                f"trainer.strategy=fsdp: model {type(denoiser.network).__name__} names no units to shard; choose "
+                "trainer=ddp"
             )
         if (size := options.tensor_parallel_size) > 1:
             tensor_parallel.check(denoiser.network, size)

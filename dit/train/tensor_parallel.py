@@ -35,8 +35,8 @@ def check(network: nn.Module, size: int) -> None:
     known = {name for unit in units for name, _ in unit.named_modules()}
     if not known & set(COLUMNS):
         raise ValueError(
-            f"trainer.tensor_parallel_size={size}: {type(network).__name__} has no blocks that can be divided; choose "
-            "trainer=fsdp"
+            f"trainer.tensor_parallel_size={size}: model {type(network).__name__} has no blocks that can be divided; "
+            "choose trainer=fsdp"
         )
     for unit in units:
         for name, module in unit.named_modules():

@@ -66,7 +66,7 @@ class Zero(Strategy):
             )
         if options.strategy == "zero3" and hasattr(denoiser.network, "encode"):
             raise ValueError(
-                "trainer.strategy=zero3: DeepSpeed gathers weights for a network's forward, but an autoencoder is used "
+                "trainer.strategy=zero3: DeepSpeed gathers weights for a model's forward, but an autoencoder is used "
                 "by its halves; choose trainer=ddp or trainer=zero2"
             )
 

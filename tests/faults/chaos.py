@@ -177,18 +177,17 @@ def check_attempts(cfg, every):
         cfg: of the run.
         every: steps between its checkpoints.
     """
+    attempts = {}
     for lines in ledger(cfg):
-        before = None
-        attempts = sorted({line["attempt"] for line in lines})
-        for attempt in attempts:
-            steps = [line["step"] for line in lines if line["attempt"] == attempt]
-            assert steps == list(range(steps[0], steps[0] + len(steps)))
-            if before is None:
-                assert steps[0] == 1 or attempt > 0
-            else:
-                assert steps[0] <= before + 1, "steps were lost"
-                assert before - steps[0] < 2 * every, "more was done again than a commit allows"
-            before = steps[-1]
+        for line in lines:
+            attempts.setdefault(line["attempt"], {}).setdefault(line["step"], []).append(line)
+    before = 0
+    for attempt in sorted(attempts):
+        steps = sorted(attempts[attempt])
+        assert steps == list(range(steps[0], steps[-1] + 1))
+        assert steps[0] <= before + 1, "steps were lost"
+        assert before - steps[0] < 2 * every, "more was done again than a commit allows"
+        before = steps[-1]
 
 
 def final(cfg):
