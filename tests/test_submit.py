@@ -102,7 +102,7 @@ MISTAKES = [
     ({"trainer.max_steps": 0}, "trainer.max_steps=0 must be at least 1"),
     ({"slurm.nodes": 0}, "slurm.nodes=0 must be at least 1"),
     ({"slurm.cpus": 1.5}, "slurm.cpus=1.5 must be a whole number"),
-    ({"slurm.cpus": "many"}, "slurm.cpus=many must be a number"),
+    ({"slurm.cpus": "many"}, "slurm.cpus=many must be a whole number"),
     ({"slurm.partition": "a b"}, "slurm.partition=a b: a word"),
     ({"slurm.time": "soon"}, "slurm.time=soon: give minutes"),
     ({"slurm.time": "00:03:59"}, "slurm.time=00:03:59 is too short for slurm.signal_seconds=120"),
@@ -111,7 +111,7 @@ MISTAKES = [
     ({"slurm.nodes": 2}, "slurm.nodes=2 slurm.gpus=0 make 2 devices, but trainer.strategy=single"),
     ({"slurm.gpus": 1}, "slurm.gpus=1, but trainer.accelerator=cpu"),
     ({"trainer.accelerator": "gpu"}, "trainer.accelerator=gpu, but slurm.gpus=0"),
-    ({"trainer.nodes": 4}, "trainer.nodes=4, but slurm.nodes=1"),
+    ({"trainer.strategy": "ddp", "trainer.nodes": 4}, "trainer.nodes=4, but slurm.nodes=1"),
     ({"trainer.strategy": "ddp", "slurm.nodes": 2, "trainer.devices": 4}, "trainer.devices=4, but slurm.gpus=0"),
 ]
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from dit.command import train
 from dit.command.compose import (
@@ -46,9 +46,6 @@ def check(cfg: DictConfig) -> None:
     check_choices(cfg, {"dry_run": (True, False)})
     check_least(cfg, LEAST)
     slurm, trainer = cfg.slurm, cfg.trainer
-    for key in LEAST:
-        if not isinstance(value := OmegaConf.select(cfg, key), int | None):
-            raise ConfigError(f"{key}={value} must be a whole number")
     for name in OPTIONS:
         value = slurm[name]
         if value is not None and not re.fullmatch(r"[^\s\"'\\#]+", str(value)):
