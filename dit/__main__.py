@@ -33,8 +33,9 @@ HELP = """dit trains diffusion transformers.
   dit --version
 
 Exit codes: 0 done, 2 a mistake in the configuration or input, 3 data that is broken, 4 no intact checkpoint, or the
-last one could not be written, 75 stopped by SIGTERM with a checkpoint (start again to go on), 130 stopped by Ctrl-C
-with a checkpoint, 128 + n one of several processes was ended by signal n.
+last one could not be written, 75 stopped by SIGTERM or SIGUSR1, with a checkpoint once training has begun (start again
+to go on), 130 stopped by Ctrl-C with a checkpoint, 128 + n one of several processes was ended by signal n, 1 anything
+else, such as a process that hangs.
 """
 
 
@@ -52,6 +53,10 @@ def main() -> None:
     if arguments[0] not in VERBS:
         print(f"dit: there is no verb {arguments[0]}; choose one of {', '.join(VERBS)}", file=sys.stderr)
         raise SystemExit(2)
+    if arguments[0] == "train":  # before imports that take seconds
+        from dit.train.preemption import leave_at_once
+
+        leave_at_once()
     from dit.command.compose import launch
 
     try:

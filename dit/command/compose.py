@@ -33,6 +33,7 @@ MOST = 10**15  # no count is larger
 NULLABLE = (
     "trainer.max_grad_norm",
     "guard.spike_deviations",
+    "trainer.timeout_seconds",
 )  # keys that may be null though a recipe gives them a number
 
 

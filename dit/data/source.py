@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dit.data.sample import Augmentation, BadSample, Decoder, collate
+from dit.data.unheard import SIGNALS, unheard
 
 
 class Source(ABC):
@@ -122,7 +123,7 @@ class Source(ABC):
         self, batches: Dataset[dict[str, Any]], steps: Iterable[int] | None = None
     ) -> DataLoader[dict[str, Any]]:
         """What reads whole batches in processes of their own, those of the steps if these are asked for."""
-        return DataLoader(
+        return _Loader(
             batches,
             batch_size=None,
             sampler=steps,
@@ -158,7 +159,15 @@ class Source(ABC):
         return collate(samples)
 
 
+class _Loader(DataLoader[dict[str, Any]]):
+    """One whose workers leave signals to the parent, which decides when to stop, while they still import, too."""
+
+    def __iter__(self) -> Any:
+        with unheard():
+            return super().__iter__()
+
+
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C and a scheduler's signals reach every process, but only the parent decides when to stop."""
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    """Where they are forked by a server that was there before."""
+    for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)

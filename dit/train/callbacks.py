@@ -21,6 +21,7 @@ from dit.train.guard import Bad, NumericError
 from dit.train.lines import append, rewound
 from dit.train.module import DiffusionModule
 from dit.train.preemption import Preemption
+from dit.train.watchdog import Watchdog
 from dit.train.world import World
 
 
@@ -35,6 +36,7 @@ class Recorder(Callback):
         world: the processes over which the loss is averaged; the first one writes.
         attempts: is told each step; its clock is that of the speed.
         beside: what else a line says.
+        watchdog: is told what happens beside the steps.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Recorder(Callback):
         world: World,
         attempts: Attempts,
         beside: Callable[[], dict[str, Any]] = dict,
+        watchdog: Watchdog | None = None,
     ):
         self.path = path
         self.max_steps = max_steps
@@ -55,6 +58,7 @@ class Recorder(Callback):
         self.attempts = attempts
         self.clock = attempts.clock
         self.beside = beside
+        self.mark = watchdog.at if watchdog else lambda phase, step=None: None
         self.last: dict[str, Any] = {}
         self.loss_sum = torch.zeros(())
         self.num_losses = torch.zeros(())
@@ -191,6 +195,7 @@ class Preview(Callback):
         """Draw where a picture is due, and after the last step."""
         step = pl_module.step
         if step % self.every_steps == 0 or step == self.recorder.max_steps:
+            self.recorder.mark("preview")
             with self.recorder.clock.of("preview"):
                 images = self._drawn(pl_module)
                 if images is None or not self.recorder.world.is_first:
@@ -341,11 +346,13 @@ class Checkpoints(Callback):
             self.saver.expect(pl_module.strategy.saved(pl_module))
             self._checked = True
         step = pl_module.step
+        self.recorder.mark("agree", step)
         self.preemption.look_at_clock(self.saver.save_seconds)
         # The one message of a step that asks no device: what one process has heard, all do.
         self.preemption.exit_code = self.recorder.world.most(self.preemption.exit_code or 0) or None
         stop = self.preemption.exit_code is not None
         last = stop or step == self.recorder.max_steps
+        self.recorder.mark("save")
         with self.recorder.clock.of("checkpoint"):
             if self.snapshooter and self.snapshot_every_steps and step % self.snapshot_every_steps == 0:
                 self.snapshooter.save(step, pl_module.strategy.saved(pl_module, averages_only=True), {"step": step})

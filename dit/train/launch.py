@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from dit.train.preemption import ECHO_SECONDS, EXIT_CODES
+from dit.data.unheard import unheard
+from dit.train.preemption import ECHO_SECONDS, EXIT_CODES, leave_at_once
 
-GRACE_SECONDS = 20.0  # for the others to end by themselves once one has failed
+GRACE_SECONDS = 5.0  # for the others to end by themselves once one has failed
 STOP_SECONDS = 600.0  # and once one has been stopped by a signal, as all are, and has ended before the others
 
 
@@ -56,12 +58,13 @@ def launch(work: Callable[[Any], int], argument: Any, num_processes: int) -> int
                 os.kill(process.pid, signum)
 
     here = threading.current_thread() is threading.main_thread()
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)} if here else {}
+    before = {signum: signal.getsignal(signum) for signum in EXIT_CODES} if here else {}
     try:
-        for signum in before:
+        with unheard():  # by the server, and by those it forks until they are ready to hear
+            for process in processes:
+                process.start()
+        for signum in before:  # until here a signal ends this process, and with it the others
             signal.signal(signum, stop)
-        for process in processes:
-            process.start()
         code, cause = _first_code(processes)
         if insisted:
             return 128 + insisted[0]
@@ -91,22 +94,32 @@ def _first_code(processes: Sequence[BaseProcess]) -> tuple[int, str]:
                 if ended < 0:
                     name = signal.Signals(-ended).name
                     cause = f"the process of rank {processes.index(process)} was ended by {name}"
-        if time.monotonic() > until:
-            for process in running:
+        late = time.monotonic() > until
+        for process in running if code else ():
+            if late or _is_stopped(process):
                 print(f"dit: ending rank {processes.index(process)}, which still waits", file=sys.stderr)
                 process.kill()
-            until = float("inf")
+        until = float("inf") if late else until
     return code, cause
+
+
+def _is_stopped(process: BaseProcess) -> bool:
+    """Whether by SIGSTOP, so that no grace would help it."""
+    try:
+        return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
 
 
 def _begin(environment: dict[str, str], work: Callable[[Any], int], argument: Any) -> None:
     """In the new process."""
     import torch
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_DFL)
     os.environ.clear()
     os.environ |= environment
+    leave_at_once()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, set(EXIT_CODES))
     if threads := environment.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))
     threading.Thread(target=_end_with_parent, daemon=True).start()

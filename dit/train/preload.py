@@ -1,18 +1,13 @@
-"""What the server imports from which `launch` forks; it leaves the signals of a terminal to those it forks."""
+"""What the server imports from which `launch` forks."""
 
-import signal
+import lightning.pytorch  # noqa: F401
+import torch
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
+import torch.distributed.tensor.parallel
 
-for signum in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(signum, signal.SIG_IGN)
-
-import lightning.pytorch  # noqa: E402, F401
-import torch  # noqa: E402
-import torch.distributed.checkpoint  # noqa: E402
-import torch.distributed.fsdp  # noqa: E402
-import torch.distributed.tensor.parallel  # noqa: E402
-
-import dit.train.callbacks  # noqa: E402
-import dit.train.module  # noqa: E402
-import dit.train.run  # noqa: E402, F401
+import dit.train.callbacks
+import dit.train.module
+import dit.train.run  # noqa: F401
 
 assert not torch.cuda.is_initialized(), "a process that has used a GPU cannot be forked"

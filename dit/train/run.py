@@ -16,6 +16,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from dit.data.unheard import unheard
 from dit.metric.subject import Samples, Subject, check
 from dit.train import checkpoint, goodput
 from dit.train.attempts import Attempts
@@ -27,7 +28,8 @@ from dit.train.environment import gathered
 from dit.train.lines import rewound
 from dit.train.same import differences
 from dit.train.strategy import Strategy
-from dit.train.world import World
+from dit.train.watchdog import Watchdog
+from dit.train.world import Lost, World, is_connection
 from dit.weights.convert import fitted
 
 if TYPE_CHECKING:  # importing lightning takes seconds, which a mistake in the configuration need not wait for
@@ -69,9 +71,9 @@ class Run:
         self.layout = layout_of(cfg.trainer, self.world)
         self.data, self.parts, self.objective, denoiser, strategy, self.num_micro_batches = checked(cfg, self.layout)
         self.tracker = build(cfg.logger)
-        self.device = (
-            torch.device("cuda", self.world.local_rank) if cfg.trainer.accelerator == "gpu" else torch.device("cpu")
-        )
+        self.device = self.world.device("cuda" if cfg.trainer.accelerator == "gpu" else "cpu")
+        self.folder = Path(cfg.runs_dir) / cfg.run
+        self.watchdog = Watchdog(self.world, self.folder, cfg.trainer.timeout_seconds)
         self._lock: TextIO | None = None
         try:
             self._meet(denoiser, strategy)
@@ -82,7 +84,9 @@ class Run:
     def _meet(self, denoiser: Any, strategy: type[Strategy]) -> None:
         """Connect the processes, and check what is on this machine: data, devices, the folder."""
         if self.world.size > 1 or strategy.needs_group:
-            self.world.join(self.device.type)
+            self.world.join(self.device.type, self.cfg.trainer.timeout_seconds)
+        if self.world.size > 1:
+            self.watchdog.start()
         self._check_data()  # before the optimizer, whose making takes seconds
         if self.cfg.metric:
             self.data.check_images()
@@ -101,7 +105,6 @@ class Run:
                 print(f"dit: WARNING: captions were read by {text}, but prompts will be by {self.cfg.condition.name}")
         if self.cfg.metric:
             check(build(self.cfg.metric), self.parts.subject(denoiser, self.latent, seed=self.cfg.seed, batch_size=1))
-        self.folder = Path(self.cfg.runs_dir) / self.cfg.run
         begins = not checkpoint.committed(self.folder / "checkpoints")
         self.init = self._initial(denoiser.network) if self.cfg.init and begins else None
         self.resolved = OmegaConf.to_container(self.cfg, resolve=True)
@@ -157,6 +160,7 @@ class Run:
         """Give the folder, and the connection of the processes, back."""
         if self._lock:
             self._lock.close()
+        self.watchdog.stop()
         self.world.leave()
 
     def _check_same(self, resume_from: Path) -> None:
@@ -215,6 +219,11 @@ class Run:
             with Attempts(self.folder, self.world, self.clock, self.step, poison, about) as self.attempts:
                 self.attempts.code = self._begin() or 0
             return self.attempts.code or None
+        except RuntimeError as error:
+            if self.world.size > 1 and is_connection(error):
+                who = self.watchdog.culprit() or "another process is gone, or does not answer"
+                raise Lost(f"{who} ({' '.join(str(error).split())[:160]})") from error
+            raise
         finally:
             self._leave()
 
@@ -281,7 +290,8 @@ class Run:
         if not self.world.is_first:
             self.tracker = None
         if self.tracker:
-            self.tracker.start(self.folder, self.resolved, self.step)
+            with unheard():  # its helper would die of a scheduler's signals
+                self.tracker.start(self.folder, self.resolved, self.step)
         preemption = Preemption(self.world.is_first, end_of_job() if self.world.is_first else None)
         recorder = Recorder(
             self.folder / "metrics.jsonl",
@@ -291,6 +301,7 @@ class Run:
             self.world,
             self.attempts,
             lambda: self._left_out(module),
+            self.watchdog,
         )
         columns = min(10, self.parts.condition.sizes.get("num_classes", 10))
         preview_of = self._preview_of(columns)
@@ -337,13 +348,16 @@ class Run:
         )
         # Lightning would wait for the device at each step to hear whether a signal came; `Preemption` listens.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        self.watchdog.start()
         share = {"rank": self.strategy.data_rank, "world_size": self.strategy.data_size}
         skip = {step - 1 for step in self.attempts.left_out}  # steps of data are counted from 0
         batches = self.data.batches(options.batch_size, cfg.seed, self.step, lanes=options.lanes, skip=skip, **share)
         number = options.max_steps - self.step - sum(self.step <= step < options.max_steps for step in skip)
         # Closing ends the data's workers, which leave signals to us, and a save that is under way.
         with preemption, closing(checkpoints), closing(batches):
-            trainer.fit(module, self.clock.fetched(itertools.islice(batches, number)))
+            fed = self.clock.fetched(self.watchdog.fed(batches, lambda: module.step))
+            trainer.fit(module, itertools.islice(fed, number))
         return preemption.exit_code
 
     def _processes(self) -> dict[str, Any]:
@@ -392,6 +406,7 @@ class Run:
     ) -> None:
         """Evaluate and sum up a run that reached its end."""
         summary: dict[str, Any] = {}
+        self.watchdog.at("end", module.step)
         preemption.exit_code = self.world.most(preemption.exit_code or 0) or None
         if preemption.exit_code is None:
             preemption.leave_at_once()

@@ -1,6 +1,7 @@
 """The processes that train one run together, one a device."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -11,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+LEAST_PATIENCE_SECONDS = 1800.0  # of a collective, before gloo and NCCL give up
 
 
 class EnvironmentMistake(ValueError):
@@ -23,6 +26,11 @@ class Lost(RuntimeError):
     """Another process is gone, and this one cannot go on."""
 
     exit_code = 1
+
+
+def is_connection(error: RuntimeError) -> bool:
+    """Whether an error says that another process cannot be reached."""
+    return bool(re.search("onnection (reset|closed|refused)|timed out", str(error), re.IGNORECASE))
 
 
 class World:
@@ -77,11 +85,16 @@ class World:
         if self.is_first:
             print(text, flush=True)
 
-    def join(self, device: str) -> None:
+    def device(self, kind: str) -> torch.device:
+        """That of this process, `cpu` or `cuda`; it may see all GPUs of its node, or its own alone."""
+        return torch.device(kind, self.local_rank % torch.cuda.device_count()) if kind == "cuda" else torch.device(kind)
+
+    def join(self, device: str, timeout_seconds: float | None = None) -> None:
         """Connect the processes: gloo, and NCCL where tensors lie on GPUs.
 
         Args:
             device: `cpu` or `cuda`.
+            timeout_seconds: after which the watchdog ends a run that hangs; the backends' own patience is greater.
         """
         if dist.is_initialized():
             return
@@ -89,11 +102,13 @@ class World:
         values = (self.rank, self.size, self.local_rank, self.local_size)
         os.environ |= {name: str(value) for name, value in zip(names, values, strict=True)}
         if device == "cuda":
-            torch.cuda.set_device(self.local_rank)
+            torch.cuda.set_device(self.device(device))
         if self.size > 1:
             os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = self._address
+            # Long enough, too, for what the first process does alone within training, such as to judge.
+            patience = timedelta(seconds=max(LEAST_PATIENCE_SECONDS, 1.2 * (timeout_seconds or 0)))
             try:
-                dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+                dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=patience)
             except dist.DistError as error:
                 where = ":".join(self._address)
                 raise EnvironmentMistake(f"no meeting at MASTER_ADDR:MASTER_PORT={where} ({error})"[:300]) from error
@@ -104,6 +119,10 @@ class World:
         # What only the first process does may take long, such as to pack data; a step may not.
         self._patient = dist.new_group(backend="gloo", timeout=timedelta(hours=12)) if self.size > 1 else None
         self._joined = True
+
+    def store(self) -> dist.Store:
+        """A connection of its own, for another thread, to where the processes have met."""
+        return dist.TCPStore(self._address[0], int(self._address[1]), is_master=False, wait_for_workers=False)
 
     def leave(self) -> None:
         """Disconnect."""
