@@ -12,6 +12,7 @@ VERBS = {
     "index": "check and index shards:      dit index path=shards",
     "encode": "shards of latents:           dit encode data.path=shards latent=sd_vae out=latents",
     "train": "train a model:               dit train experiment=digits",
+    "submit": "have SLURM train it:         dit submit experiment=digits trainer=fsdp slurm.nodes=4 slurm.gpus=8",
     "sample": "draw images with a run:      dit sample run=digits labels=[0,1,2,3] guidance.scale=2",
     "evaluate": "judge a run:                 dit evaluate run=digits metric=likelihood",
     "export": "weights for others:          dit export run=digits path=digits_weights",

@@ -214,7 +214,7 @@ def test_the_wheel_brings_conf(tmp_path):
 
     [wheel] = tmp_path.glob("ditforge-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"dit/conf/train.yaml", "dit/conf/model/dit_xl_2.yaml", "dit/__main__.py"} <= names
+    assert {"dit/conf/train.yaml", "dit/conf/model/dit_xl_2.yaml", "dit/slurm/train.sbatch", "dit/__main__.py"} <= names
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     code, output, _ = dit("train", "experiment=digits", "--cfg", "job", cwd=tmp_path / "installed")
     assert code == 0 and "run: digits" in output

@@ -59,7 +59,8 @@ def launch(verb: str, command: ModuleType, arguments: Sequence[str]) -> int:
         verb: the name of `conf/<verb>.yaml`.
         command: with `main(cfg) -> exit code`, `check(cfg)`, `tell_apart(cfg, suffix)` for the jobs of a multirun, and,
             where options depend on the overrides, `prepare(overrides)`, None if only help is asked for; and `VERBATIM`,
-            keys whose values are text.
+            keys whose values are text. Instead of `main`, `main_of_all(jobs, options)` is given all jobs of a multirun
+            at once, each a configuration and its overrides.
         arguments: what follows the verb.
 
     Returns:
@@ -71,16 +72,25 @@ def launch(verb: str, command: ModuleType, arguments: Sequence[str]) -> int:
         if hasattr(command, "prepare"):
             command.prepare(None if args.help else args.overrides)
         batch = [] if args.help or args.hydra_help else jobs(args.overrides, args.multirun)
-        for overrides in batch:
-            command.check(compose(verb, overrides, [args.config_dir] if args.config_dir else []))
+        composed = [compose(verb, job, [args.config_dir] if args.config_dir else []) for job in batch]
+        for cfg in composed:
+            command.check(cfg)
     except Exception as error:
         return _exit_code(error)
     varied = {override for job in batch for override in job if not all(override in other for other in batch)}
 
-    def task(cfg: DictConfig) -> None:
-        own = [o for o in HydraConfig.get().overrides.task if o in varied]
-        if own:
+    def tell_apart(cfg: DictConfig, overrides: Sequence[str]) -> None:
+        if own := [o for o in overrides if o in varied]:
             command.tell_apart(cfg, "-".join(re.sub(r"[^\w.=-]", "_", o) for o in own))
+
+    if hasattr(command, "main_of_all") and batch and not (args.cfg or args.info):
+        for cfg, overrides in zip(composed, batch, strict=True):
+            tell_apart(cfg, overrides)
+        options = ["--config-dir", args.config_dir] if args.config_dir else []
+        return exit_code_of(lambda: command.main_of_all(list(zip(composed, batch, strict=True)), options))
+
+    def task(cfg: DictConfig) -> None:
+        tell_apart(cfg, HydraConfig.get().overrides.task)
         if code := exit_code_of(lambda: command.main(cfg)):
             raise SystemExit(code)  # past Hydra, which would make it 1
 

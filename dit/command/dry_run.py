@@ -1,5 +1,7 @@
 """`dit train ... trainer.dry_run=true`: what a run would need of each GPU, before there is one."""
 
+from typing import Any
+
 from omegaconf import DictConfig
 
 from dit.command.doctor import GIB, MIB, memory_lines, network_lines
@@ -8,7 +10,7 @@ from dit.train.checked import build_trained, checked
 from dit.train.devices import settled
 from dit.train.hardware import HARDWARE, Hardware
 from dit.train.kind import autoencodes
-from dit.train.layout import assumed_layout
+from dit.train.layout import Layout, assumed_layout
 from dit.train.plan import EFFICIENCY, OVERLAP, REST, Plan, Planner
 
 
@@ -18,12 +20,8 @@ def report(cfg: DictConfig) -> str:
     Raises:
         ValueError: if the configuration does not do, with the way out.
     """
-    cfg = settled(cfg)
     layout, assumed = assumed_layout(cfg.trainer)
-    _, parts, _, denoiser, _, _ = checked(cfg, layout)
-    for node in (cfg.logger, cfg.metric, cfg.learning_rate):
-        build(node)
-    build_trained(cfg, denoiser)
+    cfg, parts = sound(cfg, layout)
     lines = [f"dry run of run={cfg.run}: nothing is trained, read or written"]
     if autoencodes(cfg):
         return "\n".join([*lines, "the configuration is sound; the cost of an autoencoder is not counted"])
@@ -45,6 +43,20 @@ def report(cfg: DictConfig) -> str:
     lines += _traffic(plan)
     lines += _time(plan, cfg.trainer.precision, HARDWARE["h100"])
     return "\n".join(lines)
+
+
+def sound(cfg: DictConfig, layout: Layout) -> tuple[DictConfig, Any]:
+    """The configuration settled, and its parts, if all that it names can be made and shared out so.
+
+    Raises:
+        ValueError: if not, with the way out.
+    """
+    cfg = settled(cfg)
+    _, parts, _, denoiser, _, _ = checked(cfg, layout)
+    for node in (cfg.logger, cfg.metric, cfg.learning_rate):
+        build(node)
+    build_trained(cfg, denoiser)
+    return cfg, parts
 
 
 def _units(plan: Plan) -> list[str]:
