@@ -33,9 +33,9 @@ HELP = """dit trains diffusion transformers.
   dit --version
 
 Exit codes: 0 done, 2 a mistake in the configuration or input, 3 data that is broken, 4 no intact checkpoint, or the
-last one could not be written, 75 stopped by SIGTERM or SIGUSR1, with a checkpoint once training has begun (start again
-to go on), 130 stopped by Ctrl-C with a checkpoint, 128 + n one of several processes was ended by signal n, 1 anything
-else, such as a process that hangs.
+last one could not be written, 5 numbers that are broken (NaN, and leaving steps out was no help) or a step that ends
+every start, 75 stopped with a checkpoint by SIGTERM, SIGUSR1 or the job's time limit: start again to go on, 130 the
+same by Ctrl-C, 128 + n one of several processes was ended by signal n, 1 anything else, also a process that hangs.
 """
 
 
