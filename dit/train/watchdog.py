@@ -33,6 +33,7 @@ WORKING = ("agree", "data", "step")  # the others may take as long as they like
 FIRST_STEP = 4  # times the timeout, for what is compiled and tuned in it
 TICKS = 50  # of a timeout
 TICK_SECONDS = 1.0  # at most, of few processes
+LEAVE_SECONDS = 1.0
 T = TypeVar("T")
 
 
@@ -215,7 +216,7 @@ class Watchdog:
             self.at("left")
         self._stop.set()
         if self._exchange_thread:
-            self._exchange_thread.join(1.0)
+            self._exchange_thread.join(2 * LEAVE_SECONDS)
 
     def _lay_out(self) -> str:
         """Room for the pulses of this run alone, made by the first process."""
@@ -231,14 +232,28 @@ class Watchdog:
     def _exchange(self, prefix: str) -> None:
         keys = [f"{prefix}/{rank}" for rank in range(self.world.size)]
         try:
-            store, last = self.world.store(), False
-            while not last:
-                last = self._stop.wait(self.tick_seconds) if self._exchanged else False
-                store.set(keys[self.world.rank], json.dumps(self._own()))
+            store = self.world.store()
+
+            def read() -> None:
                 self._pulses = dict(enumerate(Pulse(*json.loads(pulse)) for pulse in store.multi_get(keys)))
+
+            while True:
+                store.set(keys[self.world.rank], json.dumps(self._own()))
+                if self._stop.is_set():
+                    break
+                read()
                 self._exchanged += 1
+                self._stop.wait(self.tick_seconds)
+            until = time.monotonic() + LEAVE_SECONDS
+            while self.world.is_first and time.monotonic() < until and not self._alone():
+                time.sleep(0.01)  # as the store may end with this process, and torch is loud where it is missed
+                read()
         except dist.DistError:  # the process that held it is gone
             self._broken = True
+
+    def _alone(self) -> bool:
+        """Whether all others are done with the store."""
+        return all(pulse.phase in ("lost", "left") for rank, pulse in self._pulses.items() if rank != self.world.rank)
 
     def _watch(self) -> None:
         assert self._judge
