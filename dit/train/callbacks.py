@@ -333,8 +333,8 @@ class Checkpoints(Callback):
         state = checkpoint.load_state(self.resume_from)
         pl_module.step = state["step"]
         self.recorder.load_state(state["recorder"])
-        if "guard" in state:
-            pl_module.guard.load_state(state["guard"], pl_module.device)
+        if guard := state.get("guard"):
+            pl_module.guard.load_state(guard)
         return self.recorder.rewind(state["step"])
 
     def on_train_batch_end(  # type: ignore[override]
@@ -376,7 +376,8 @@ class Checkpoints(Callback):
         if path is None:
             raise NumericError(f"there is no checkpoint from before step {before} to roll back to")
         module.strategy.restore(module, path)
-        module.guard.load_usual(checkpoint.load_state(path)["guard"], module.device)
+        if guard := checkpoint.load_state(path).get("guard"):
+            module.guard.load_usual(guard)
         return checkpoint.step_of(path)
 
     def close(self) -> None:

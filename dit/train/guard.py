@@ -75,7 +75,7 @@ class Guard:
             norm: of the gradient before clipping, ().
         """
         norm = norm.detach().float()
-        count, mean, variance = self._usual.setdefault(network, torch.zeros(3, device=norm.device)).unbind()
+        count, mean, variance = self._usual.get(network, torch.zeros(3)).to(norm.device).unbind()
         above = norm.clamp_min(1e-30).log() - mean
         most = math.inf if self.spike_deviations is None else self.spike_deviations
         limit = most * variance.sqrt().clamp_min(LEAST_DEVIATION)
@@ -153,11 +153,11 @@ class Guard:
         usual = {network: values.tolist() for network, values in self._usual.items()}
         return {"skipped": self.skipped, "in_a_row": self.in_a_row, "first_bad": self.first_bad, "usual": usual}
 
-    def load_state(self, state: Mapping[str, Any], device: torch.device) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on where a checkpoint was made."""
         self.skipped, self.in_a_row, self.first_bad = (state[name] for name in ("skipped", "in_a_row", "first_bad"))
-        self.load_usual(state, device)
+        self.load_usual(state)
 
-    def load_usual(self, state: Mapping[str, Any], device: torch.device) -> None:
+    def load_usual(self, state: Mapping[str, Any]) -> None:
         """Take up what was usual then, as the weights are rolled back to it."""
-        self._usual = {network: torch.tensor(values, device=device) for network, values in state["usual"].items()}
+        self._usual = {network: torch.tensor(values) for network, values in state["usual"].items()}

@@ -387,9 +387,11 @@ class Run:
         module.denoiser.eval()
         # Compiled units would be compiled anew for each size of a batch.
         eager = torch.compiler.set_stance("force_eager") if self.cfg.trainer.compile else nullcontext()
-        with trainer.precision_plugin.forward_context(), module.strategy.lent(module), eager:
-            yield
-        module.denoiser.train()
+        try:
+            with trainer.precision_plugin.forward_context(), module.strategy.lent(module), eager:
+                yield
+        finally:
+            module.denoiser.train()
 
     def _subject(self, module: "DiffusionModule", trainer: "Trainer") -> Subject:
         """What was trained, as metrics judge it."""

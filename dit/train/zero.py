@@ -119,7 +119,8 @@ class Zero(Strategy):
         """A step of DeepSpeed's, which averages and clips, and drops a gradient whose norm is infinite."""
         self._verdict = lambda norm: allows(network, norm)
         self._engine.step()
-        return self._judged
+        norm, used = self._judged
+        return norm.to(self.device), used.to(self.device)
 
     def _ask_for_norms(self) -> None:
         """See to it that DeepSpeed's norm of the gradient is infinite where it is not to be used."""
@@ -147,8 +148,10 @@ class Zero(Strategy):
             return
         self._engine.empty_partition_cache()
         with super().lent(module):
-            yield
-            self._engine.empty_partition_cache()
+            try:
+                yield
+            finally:
+                self._engine.empty_partition_cache()
 
     def averaged(self, network: nn.Module) -> dict[str, Tensor]:
         """Parameters; in stage 3 this process's partitions of them, (ceil(numel / processes),)."""
