@@ -311,7 +311,13 @@ def test_a_suspended_job_goes_on(long_run, tmp_path):
 
 
 def command(tiny, *more):
-    return [sys.executable, "-m", "dit", "train", *tiny("run=x", "trainer.accelerator=cpu", *more)]
+    return [
+        sys.executable,
+        "-m",
+        "dit",
+        "train",
+        *tiny("run=x", "trainer.accelerator=cpu", "data.num_workers=2", *more),
+    ]
 
 
 @pytest.mark.slow
