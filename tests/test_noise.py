@@ -218,7 +218,7 @@ def test_grids_have_their_shape():
         (lambda: grid.karras(EDM(), 5, sigma_min=90.0), "grid.sigma_min=90"),
         (lambda: grid.log_snr(EDM(), 5, sigma_min=-1.0), "grid.sigma_min=-1"),
         (lambda: grid.shifted(Flow(), 5, shift=-1.0), "shift=-1"),
-        (lambda: grid.respaced(linear(), 1001), "between 1 and the schedule's 1000"),
+        (lambda: grid.respaced(linear(), 1001), "between 1 and noise.num_steps=1000"),
         (lambda: VP(torch.tensor([1.0, 0.1])), "betas must lie in"),
         (lambda: VP(torch.tensor([0.1, 1.1])), "betas must lie in"),
         (lambda: linear(num_steps=0), "at least 1"),

@@ -358,7 +358,7 @@ WRONG = {
     "source=mixed": "classes=false",
     "source=flat size=0": "size=0 must be greater than 0",
     "source=flat size=1.5": "size=1.5: expected a whole number",
-    "source=flat format=gif": "format=gif: choose one of None, png, jpg, webp",
+    "source=flat format=gif": "format=gif: choose one of null, png, jpg, webp",
     "source=flat classes=perhaps": "classes=perhaps: choose one of auto",
     "source=flat num_held_out=2": "give both",
     "source=flat num_held_out=5 held_out=h": "there are only 5 samples",

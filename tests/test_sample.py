@@ -296,7 +296,7 @@ def test_a_damaged_configuration_is_named(tmp_path, text):
         (["run=plain", "image=1"], "image=1 must be the path"),
         (["run=plain", "image=PICTURES/image.png", "out=PICTURES/image.png"], "would overwrite"),
         (["run=plain", "image=PICTURES/image.png", "mask=PICTURES/black.png"], "nothing in mask=.* is white"),
-        (["run=plain", "interpolate_to=1.5"], "must be a seed"),
+        (["run=plain", "interpolate_to=1.5"], "interpolate_to=1.5 must be a whole number"),
         (["run=plain", "grid=karras", "grid.rho=1e-300"], "grid.rho=1e-300 must lie"),
         (["run=plain", "sampler.num_steps=10000000"], "at most 100,000"),
         (["run=plain", "variation=2"], r"variation=2 must lie in"),

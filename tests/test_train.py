@@ -50,6 +50,7 @@ def start(folder, digits_dir, *more):
     overrides = [
         *("experiment=digits", f"runs_dir={folder}/runs", f"data_dir={digits_dir}", "metric=none", "logger=none"),
         *("model.hidden_size=16", "model.depth=1", "model.num_heads=2", "sampler.num_steps=2", "trainer.max_steps=40"),
+        "learning_rate.warmup_steps=10",
         *("trainer.batch_size=32", "trainer.log_every_steps=1", "trainer.preview_every_steps=15"),
         *("trainer.checkpoint_every_steps=7", "data.num_workers=2", *more),
     ]

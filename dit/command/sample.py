@@ -43,8 +43,6 @@ def check(cfg: DictConfig) -> None:
     for key in ("image", "mask"):
         if cfg[key] is not None and not isinstance(cfg[key], str):
             raise ConfigError(f"{key}={cfg[key]} must be the path of a picture")
-    if cfg.interpolate_to is not None and not isinstance(cfg.interpolate_to, int):
-        raise ConfigError(f"interpolate_to={cfg.interpolate_to} must be a seed, a whole number")
     if cfg.out is not None and cfg.image is not None and Path(cfg.out).resolve() == Path(cfg.image).resolve():
         raise ConfigError(f"out={cfg.out} would overwrite image={cfg.image}: choose another name")
     for key in ("mask", "outpaint", "strength"):
