@@ -46,12 +46,11 @@ def launch(work: Callable[[Any], int], argument: Any, num_processes: int) -> int
     insisted: list[int] = []  # those that came again
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        if asked and time.monotonic() - asked[0] > ECHO_SECONDS:  # some may wait for each other, and hear nothing
-            print("\ndit: stopped at once", file=sys.stderr)
-            insisted.append(signum)
-            signum = signal.SIGKILL
-        elif signum == signal.SIGINT:
-            signum = 0  # a terminal sends it to the processes, too
+        if signum == signal.SIGINT:
+            if asked and time.monotonic() - asked[0] > ECHO_SECONDS:  # some may wait for each other, and hear nothing
+                print("\ndit: stopped at once", file=sys.stderr)
+                insisted.append(signum)
+            signum = signal.SIGKILL if insisted else 0  # a terminal sends the first one to the processes, too
         asked.append(time.monotonic())
         for process in processes:
             if signum and process.pid and process.is_alive():
