@@ -122,32 +122,36 @@ def test_a_missing_name_is_asked_for():
         compose("train", ["experiment=digits", "data=shards"])
 
 
+MISTAKES = [
+    (["nosie=cosine"], "did you mean noise"),
+    (["noise=flow", "prediction=eps"], "noise.t_max=0.999"),
+    (["data=shards", "data.path=/nowhere", "metric=none"], "/nowhere does not exist"),
+    (["runs_dir=/proc/runs"], "/proc/runs"),
+]
+MORE = [
+    (["model.num_heads=5"], "num_heads=5 does not divide hidden_size=64: choose one of [1, 2, 4, 8, 16, 32, 64]"),
+    (
+        ["model.patch_size=3"],
+        "does not divide input_size=8 (latent.size, of data.image_size): choose one of [1, 2, 4, 8]",
+    ),
+    (["model.in_channels=4"], "model.in_channels=4 differs from latent.channels=1"),
+    (["noise.zero_terminal_snr=true"], "choose another prediction (v works everywhere)"),
+    (["noise=flow", "prediction=v", "grid=respaced"], "choose grid=evenly"),
+    (["objective.bound_weight=1"], "model.learn_sigma=true"),
+    (["objective.spread=even"], "choose one of independent, stratified, low_discrepancy"),
+    (["weight=min_snr", "weight.gamma=-1"], "weight.gamma=-1"),
+    (["condition.dropout=0", "guidance.scale=2"], "condition.dropout=0"),
+    (["condition=none", "guidance.scale=2"], "an unconditional model cannot be guided"),
+    (["guidance.interval=[0.9,0.1]"], "two rising times"),
+    (["sampler=ddpm", "sampler.variance=learned"], "model.learn_sigma=true"),
+    (["guidance=autoguidance", "guidance.weak.run=nope"], "run=nope: no such run"),
+    (["trainer.micro_batch_size=100"], "choose one of [128, 64, 32, 16]"),
+    (["optimizer.betas=[2,3]"], "Invalid beta"),
+]
+
+
 @pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["nosie=cosine"], "did you mean noise"),
-        (["model.num_heads=5"], "num_heads=5 does not divide hidden_size=64: choose one of [1, 2, 4, 8, 16, 32, 64]"),
-        (
-            ["model.patch_size=3"],
-            "does not divide input_size=8 (latent.size, of data.image_size): choose one of [1, 2, 4, 8]",
-        ),
-        (["model.in_channels=4"], "model.in_channels=4 differs from latent.channels=1"),
-        (["noise=flow", "prediction=eps"], "noise.t_max=0.999"),
-        (["noise.zero_terminal_snr=true"], "choose another prediction (v works everywhere)"),
-        (["noise=flow", "prediction=v", "grid=respaced"], "choose grid=evenly"),
-        (["objective.bound_weight=1"], "model.learn_sigma=true"),
-        (["objective.spread=even"], "choose one of independent, stratified, low_discrepancy"),
-        (["weight=min_snr", "weight.gamma=-1"], "weight.gamma=-1"),
-        (["condition.dropout=0", "guidance.scale=2"], "condition.dropout=0"),
-        (["condition=none", "guidance.scale=2"], "an unconditional model cannot be guided"),
-        (["guidance.interval=[0.9,0.1]"], "two rising times"),
-        (["sampler=ddpm", "sampler.variance=learned"], "model.learn_sigma=true"),
-        (["guidance=autoguidance", "guidance.weak.run=nope"], "run=nope: no such run"),
-        (["trainer.micro_batch_size=100"], "choose one of [128, 64, 32, 16]"),
-        (["data=shards", "data.path=/nowhere", "metric=none"], "/nowhere does not exist"),
-        (["optimizer.betas=[2,3]"], "Invalid beta"),
-        (["runs_dir=/proc/runs"], "/proc/runs"),
-    ],
+    ("overrides", "message"), [*MISTAKES, *(pytest.param(*row, marks=pytest.mark.slow) for row in MORE)]
 )
 def test_mistakes_end_with_exit_code_2_and_leave_nothing(tmp_path, overrides, message):
     code, output, seconds = dit("train", "experiment=digits", *overrides, cwd=tmp_path)

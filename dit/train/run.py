@@ -263,7 +263,7 @@ class Run:
 
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         warnings.filterwarnings(
-            "ignore", message=".*(LeafSpec|num_workers|in eval mode|configure_optimizers).*"
+            "ignore", message=".*(LeafSpec|num_workers|in eval mode|configure_optimizers|`srun` command).*"
         )  # Lightning's, of no use to anyone here
         cfg, options = self.cfg, self.cfg.trainer
         if options.accelerator == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # leave the data's workers their cores
