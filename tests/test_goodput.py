@@ -196,6 +196,9 @@ class World:
     def once(self, function):
         return function()
 
+    def gathered(self, value):
+        return [value]
+
 
 def begin(folder, poison):
     """A start that is told what is known of those before, and never ends."""

@@ -17,7 +17,7 @@ from dit.command import sync
 from dit.command.compose import ConfigError, compose
 from dit.data.image import encode_png
 from dit.train import tracker
-from dit.train.replay import Backlog, summary_of
+from dit.train.sender import Backlog, summary_of
 from dit.train.tracker import WandB
 
 BLOCKED_SECONDS = 1.0  # at most, by anything but the end

@@ -15,6 +15,7 @@ import pytest
 from dit.command.compose import compose, exit_code_of
 from dit.command.train import check, train
 from dit.train import devices
+from dit.train.goodput import Clock
 from dit.train.launch import launch
 from dit.train.watchdog import FIRST_STEP, Judge, Pulse, Watchdog
 from dit.train.world import World, is_connection
@@ -134,18 +135,36 @@ def test_another_s_verdict_is_taken():
 def test_marks_make_the_place():
     watchdog = Watchdog(World(), Path("x"), 10)
     seen = [watchdog._own()]
-    for _ in watchdog.fed(iter("ab"), lambda: 3):
+    clock = Clock()
+    clock.listener = watchdog.enters
+    clock.enter("step")
+    for _ in clock.fetched(iter("a")):
         seen.append(watchdog._own())
-        watchdog.at("agree", 4)
+    with clock.of("agree", 4):
         seen.append(watchdog._own())
+    with clock.of("checkpoint"):
+        seen.append(watchdog._own())
+    seen.append(watchdog._own())
     assert [(pulse.phase, pulse.step, pulse.first) for pulse in seen] == [
         ("setup", 0, True),
-        ("step", 3, True),
+        ("step", 0, True),
         ("agree", 4, False),
-        ("step", 3, False),
-        ("agree", 4, False),
+        ("save", 4, False),
+        ("step", 4, False),
     ]
-    assert watchdog._own().phase == "data"
+
+
+def test_who_is_silent_before_the_first_pulse_is_named():
+    class Two(World):
+        rank, size = 1, 2
+
+        def __init__(self):
+            pass
+
+    judge = Judge(1, TIMEOUT)
+    pulses = Watchdog(Two(), Path("x"), TIMEOUT)._pulses
+    passed, told = looks(judge, lambda now, n: pulses, 2 * TIMEOUT, answered=lambda now: False)
+    assert told.startswith("rank 0 ") and passed == pytest.approx(TIMEOUT, rel=0.1)
 
 
 def test_the_timeout_is_checked(tiny):

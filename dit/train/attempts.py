@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from dit.train.environment import code, summary
+from dit.train.files import replace
 
 if TYPE_CHECKING:  # which import torch; reading needs none
     from dit.train.goodput import Clock
@@ -209,7 +210,5 @@ class Attempts:
         assert self._path
         seconds = {section: round(value, 3) for section, value in self.clock.seconds.items()}
         self._start |= {"noted": time.time(), "seconds": seconds, "replaced": self.replaced}
-        partial = self._path.with_suffix(".tmp")
         with suppress(OSError):  # as above
-            partial.write_text(json.dumps(self._start, indent=1) + "\n")
-            partial.replace(self._path)
+            replace(self._path, json.dumps(self._start, indent=1) + "\n")

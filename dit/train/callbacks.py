@@ -16,12 +16,11 @@ from dit.data.image import encode_png, grid
 from dit.train import checkpoint
 from dit.train.attempts import Attempts
 from dit.train.checkpoint import Saver
+from dit.train.files import append, rewound
 from dit.train.goodput import duration
 from dit.train.guard import Bad, NumericError
-from dit.train.lines import append, rewound
 from dit.train.module import DiffusionModule
 from dit.train.preemption import Preemption
-from dit.train.watchdog import Watchdog
 from dit.train.world import World
 
 
@@ -36,7 +35,6 @@ class Recorder(Callback):
         world: the processes over which the loss is averaged; the first one writes.
         attempts: is told each step; its clock is that of the speed.
         beside: what else a line says.
-        watchdog: is told what happens beside the steps.
     """
 
     def __init__(
@@ -48,7 +46,6 @@ class Recorder(Callback):
         world: World,
         attempts: Attempts,
         beside: Callable[[], dict[str, Any]] = dict,
-        watchdog: Watchdog | None = None,
     ):
         self.path = path
         self.max_steps = max_steps
@@ -58,7 +55,6 @@ class Recorder(Callback):
         self.attempts = attempts
         self.clock = attempts.clock
         self.beside = beside
-        self.mark = watchdog.at if watchdog else lambda phase, step=None: None
         self.last: dict[str, Any] = {}
         self.loss_sum = torch.zeros(())
         self.num_losses = torch.zeros(())
@@ -195,7 +191,6 @@ class Preview(Callback):
         """Draw where a picture is due, and after the last step."""
         step = pl_module.step
         if step % self.every_steps == 0 or step == self.recorder.max_steps:
-            self.recorder.mark("preview")
             with self.recorder.clock.of("preview"):
                 images = self._drawn(pl_module)
                 if images is None or not self.recorder.world.is_first:
@@ -208,7 +203,7 @@ class Preview(Callback):
         """The images, in all processes, as each may have but a share of the weights; None if the run is to stop."""
 
         def look(*_: Any) -> None:
-            if self.recorder.world.most(self.preemption.exit_code or 0):
+            if self.preemption.agree(self.recorder.world.most):
                 raise _Stopped
 
         hook = module.denoiser.register_forward_pre_hook(look)
@@ -224,39 +219,25 @@ class _Stopped(Exception):
     """A picture is not waited for."""
 
 
-class Skips(Callback):
-    """Reports the steps that the guard left out, and rolls the run back where that is no help.
+class Skips:
+    """Reports the steps that the guard left out.
 
     Args:
         path: the skipped.jsonl, to which lines are appended: `step`, `reason` (loss, gradient, spike), `norm`, `ranks`
             whose loss was not finite, and `keys` of the samples of these, or of all.
-        recorder: whose clock stops meanwhile.
-        roll_back: (module, step) -> the step of the checkpoint from before that step, to which the run was rolled back.
+        recorder: says what cannot be written.
     """
 
-    def __init__(self, path: Path, recorder: Recorder, roll_back: Callable[[DiffusionModule, int], int]):
+    def __init__(self, path: Path, recorder: Recorder):
         self.path = path
         self.recorder = recorder
-        self.roll_back = roll_back
 
-    def on_train_batch_end(  # type: ignore[override]
-        self, trainer: Trainer, pl_module: DiffusionModule, outputs: Mapping[str, Tensor], batch: Any, batch_idx: int
-    ) -> None:
-        """Hear what the guard has to say."""
-        guard, step = pl_module.guard, pl_module.step
-        guard.note(step, outputs["applied"], outputs["grad_norm"], outputs["loss"], batch["key"])
-        last = step == self.recorder.max_steps
-        for bad in guard.bad(to_the_last=last):
-            self._report(bad)
-        if guard.broken and guard.first_bad is not None:
-            with self.recorder.clock.of("checkpoint"):
-                since = guard.first_bad
-                guard.roll_back()
-                at = self.roll_back(pl_module, since)
-            why = f"{guard.max_in_a_row + 1} steps in a row were left out"
-            self._write({"step": step, "reason": "rolled back", "to": at}, f"{why}; back to the weights of step {at}")
+    def rolled_back(self, step: int, to: int) -> None:
+        """Note that the run goes on after a step with the weights of an earlier one."""
+        text = f"too many steps in a row were left out; after step {step} the weights are those of step {to} again"
+        self._write({"step": step, "reason": "rolled back", "to": to}, text)
 
-    def _report(self, bad: Bad) -> None:
+    def left_out(self, bad: Bad) -> None:
         """Name the step, and its samples, in all processes."""
         mine = (math.isfinite(bad.loss), list(bad.keys))
         everyone = self.recorder.world.gathered(mine)
@@ -285,6 +266,7 @@ class Checkpoints(Callback):
         every_steps: a checkpoint every so many steps, and after the last, and when asked to stop.
         keep: how many to keep.
         recorder: whose clock stops meanwhile, and whose sums are part of the state.
+        skips: is told what the guard leaves out.
         preemption: says when to stop.
         data: the fingerprint of the training data.
         keep_every_steps: keep, too, those of multiples of so many steps.
@@ -299,6 +281,7 @@ class Checkpoints(Callback):
         every_steps: int,
         keep: int,
         recorder: Recorder,
+        skips: Skips,
         preemption: Preemption,
         data: str,
         *,
@@ -310,6 +293,7 @@ class Checkpoints(Callback):
         self.resume_from = resume_from
         self.every_steps = every_steps
         self.recorder = recorder
+        self.skips = skips
         self.preemption = preemption
         self.snapshot_every_steps = snapshot_every_steps
         self._saver = partial(
@@ -321,8 +305,7 @@ class Checkpoints(Callback):
         self._checked = False
 
     def on_train_start(self, trainer: Trainer, pl_module: DiffusionModule) -> None:  # type: ignore[override]
-        """Load the state, and take over the signals from Lightning, which has just installed handlers of its own."""
-        self.preemption.install()
+        """Load the state."""
         self.saver = self._saver()  # now that there is a process group, if there is to be one
         self.snapshooter = self._snapshooter() if self.snapshot_every_steps else None
         if self.snapshooter and self.snapshooter.rank == 0:
@@ -340,45 +323,48 @@ class Checkpoints(Callback):
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: DiffusionModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Commit a checkpoint where one is due; leave if asked to."""
+        """Commit a checkpoint where one is due; leave if asked to; roll back where leaving steps out is no help."""
         assert self.saver
         if not self._checked:  # what cannot be saved is said after the first step
             self.saver.expect(pl_module.strategy.saved(pl_module))
             self._checked = True
-        step = pl_module.step
-        self.recorder.mark("agree", step)
-        self.preemption.look_at_clock(self.saver.save_seconds)
-        # The one message of a step that asks no device: what one process has heard, all do.
-        self.preemption.exit_code = self.recorder.world.most(self.preemption.exit_code or 0) or None
-        stop = self.preemption.exit_code is not None
+        step, guard, clock = pl_module.step, pl_module.guard, self.recorder.clock
+        with clock.of("agree", step):  # the one message of a step that asks no device
+            stop = self.preemption.agree(self.recorder.world.most, self.saver.save_seconds)
         last = stop or step == self.recorder.max_steps
-        self.recorder.mark("save")
-        with self.recorder.clock.of("checkpoint"):
+        due = last or step % self.every_steps == 0
+        guard.note(step, outputs["applied"], outputs["grad_norm"], outputs["loss"], batch["key"])
+        for bad in guard.bad(to_the_last=due):
+            self.skips.left_out(bad)
+        with clock.of("checkpoint"):
+            if guard.broken:
+                self._roll_back(pl_module)
             if self.snapshooter and self.snapshot_every_steps and step % self.snapshot_every_steps == 0:
                 self.snapshooter.save(step, pl_module.strategy.saved(pl_module, averages_only=True), {"step": step})
-            if last or step % self.every_steps == 0:
-                state = {"step": step, "recorder": self.recorder.state(), "guard": pl_module.guard.state()}
+            if due:
+                guard.forgive()
+                state = {"step": step, "recorder": self.recorder.state(), "guard": guard.state()}
                 self.saver.save(step, pl_module.strategy.saved(pl_module), state, wait=last)
             if last and self.snapshooter:
                 self.snapshooter.wait()
         trainer.should_stop = stop
 
-    def roll_back(self, module: DiffusionModule, before: int) -> int:
-        """Take up the newest good checkpoint from before a step, whose number is returned; the data go on.
+    def _roll_back(self, module: DiffusionModule) -> None:
+        """Take up the newest checkpoint from before the steps that were left out; the data go on.
 
         Raises:
-            NumericError: if there is none.
+            NumericError: if there is none, or it was done too often.
         """
         assert self.saver
+        before = module.guard.roll_back()
         self.saver.wait()
-        world = self.recorder.world
-        path = world.once(lambda: checkpoint.newest(self.root, before))
+        path = self.recorder.world.once(lambda: checkpoint.newest(self.root, before))
         if path is None:
             raise NumericError(f"there is no checkpoint from before step {before} to roll back to")
         module.strategy.restore(module, path)
         if guard := checkpoint.load_state(path).get("guard"):
             module.guard.load_usual(guard)
-        return checkpoint.step_of(path)
+        self.skips.rolled_back(module.step, checkpoint.step_of(path))
 
     def close(self) -> None:
         """Wait for what is being written."""

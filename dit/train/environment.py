@@ -31,13 +31,9 @@ MOST_BYTES = 10**6  # of a difference that is kept
 def gathered(world: "World", device: "torch.device") -> dict[str, Any]:
     """Nodes and devices of all processes, which must all ask; versions, settings and the command line of this one."""
     import torch
-    import torch.distributed as dist
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    places: list[Any] = [(socket.gethostname(), name)]
-    if world.size > 1:
-        places = [None] * world.size
-        dist.all_gather_object(places, (socket.gethostname(), name))
+    places = world.gathered((socket.gethostname(), name))
     versions = {"python": platform.python_version(), "torch": torch.__version__, "lightning": version("lightning")}
     return {
         "nodes": dict(Counter(node for node, _ in places)),

@@ -1,14 +1,14 @@
 """Where the time of a run went: goodput is the share of useful steps in it, from its first start to its end."""
 
-import json
 import os
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dit.train import attempts
+from dit.train.files import steps
 
 BEGAN = "DIT_BEGAN"  # the variable with the time at which the command began, as Python takes seconds to get here
 PARTS = {  # what time is split into, as it is printed
@@ -30,24 +30,27 @@ class Clock:
 
     Attributes:
         began: when the process did, in Unix seconds.
+        listener: is told (section, number of finished steps, or None as before), each time that another begins.
     """
 
     def __init__(self) -> None:
+        self.listener: Callable[[str, int | None], None] = lambda section, step: None
         self.began = min(time.time(), float(os.environ.get(BEGAN, "inf")))
         self._section = "startup"
         self._since = time.perf_counter()
         self._seconds = {"startup": time.time() - self.began}
 
-    def enter(self, section: str) -> str:
+    def enter(self, section: str, step: int | None = None) -> str:
         """From now on time is of this section; the one before."""
+        self.listener(section, step)
         before, self._seconds, self._since = self._section, self.seconds, time.perf_counter()
         self._section = section
         return before
 
     @contextmanager
-    def of(self, section: str) -> Iterator[None]:
+    def of(self, section: str, step: int | None = None) -> Iterator[None]:
         """Time spent inside is of this section, and of no other."""
-        before = self.enter(section)
+        before = self.enter(section, step)
         try:
             yield
         finally:
@@ -61,9 +64,8 @@ class Clock:
 
     @property
     def training(self) -> float:
-        """Seconds of training proper: steps, and the wait for their data."""
-        seconds = self.seconds
-        return seconds.get("step", 0.0) + seconds.get("data", 0.0)
+        """Seconds of training proper: steps, and the wait for other processes and for data."""
+        return sum(self.seconds.get(section, 0.0) for section in ("step", "agree", "data"))
 
     def fetched(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches, the wait for them being of `data`.
@@ -103,7 +105,8 @@ def split(starts: Sequence[Mapping[str, Any]], skipped: Collection[int] = ()) ->
     for start in reversed(starts):
         life = start["seen"] - start["began"]
         seconds = dict(start["seconds"])
-        seconds["step"] = seconds.get("step", 0.0) + max(0.0, life - sum(seconds.values())) * (start["ended"] is None)
+        seconds["step"] = seconds.get("step", 0.0) + seconds.pop("agree", 0.0)
+        seconds["step"] += max(0.0, life - sum(seconds.values())) * (start["ended"] is None)
         done = _between(start, start["step"]) + start["redone"]
         useful = _between(start, min(start["step"], kept))
         in_vain = sum(start["from_step"] < step <= min(start["step"], kept) for step in skipped)
@@ -129,14 +132,9 @@ def _between(start: Mapping[str, Any], step: float) -> float:
 def skipped_steps(folder: Path) -> dict[int, dict[str, Any]]:
     """What a run has noted of the steps that were left out, or that a roll back undid, by step."""
     found: dict[int, dict[str, Any]] = {}
-    path = folder / "skipped.jsonl"
-    if path.exists():
-        for line in path.read_text().splitlines():
-            with suppress(ValueError, LookupError, TypeError):  # a line cut by a full disk
-                entry = json.loads(line)
-                step = int(entry["step"])
-                for undone in range(int(entry.get("to", step - 1)) + 1, step + 1):
-                    found.setdefault(undone, entry)
+    for entry in steps(folder / "skipped.jsonl"):
+        for undone in range(entry.get("to", entry["step"] - 1) + 1, entry["step"] + 1):
+            found.setdefault(undone, entry)
     return found
 
 

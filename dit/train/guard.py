@@ -1,4 +1,4 @@
-"""Steps that would harm a run are left out: on the device, in all processes alike, and without waiting for either."""
+"""Steps that would harm a run are left out, on the device and in all processes alike; reports come a step later."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 USUAL_STEPS = 100  # of which the usual gradient norm is a moving average, and before which there are no spikes
+COUNTS = ("skipped", "in_a_row", "first_bad", "rollbacks")
 LEAST_DEVIATION = 0.25  # of the logarithm of the norm, for runs whose norm hardly moves
 
 
@@ -131,8 +132,8 @@ class Guard:
         """Whether leaving steps out is no help any more."""
         return self.in_a_row > self.max_in_a_row
 
-    def roll_back(self) -> None:
-        """Count a roll back.
+    def roll_back(self) -> int:
+        """Count a roll back; the first of the steps in a row, from before which the weights must be.
 
         Raises:
             NumericError: if there were too many.
@@ -144,18 +145,25 @@ class Guard:
                 f"{self.max_rollbacks} times rolled back: skipped.jsonl names their samples; a run with a lower "
                 "optimizer.lr, trainer.max_grad_norm=1 or trainer.precision=32-true may fare better"
             )
+        before = self.first_bad
+        assert before is not None
         self.in_a_row, self.first_bad = 0, None
+        return before
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps; a good one forgives roll backs."""
+    def forgive(self) -> None:
+        """Forget roll backs, if the last step was good: a checkpoint is made of it."""
         if self._good:
             self.rollbacks = 0
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
         usual = {network: values.tolist() for network, values in self._usual.items()}
-        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "first_bad": self.first_bad, "usual": usual}
+        return {name: getattr(self, name) for name in COUNTS} | {"usual": usual}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on where a checkpoint was made."""
-        self.skipped, self.in_a_row, self.first_bad = (state[name] for name in ("skipped", "in_a_row", "first_bad"))
+        for name in COUNTS:
+            setattr(self, name, state[name])
         self.load_usual(state)
 
     def load_usual(self, state: Mapping[str, Any]) -> None:

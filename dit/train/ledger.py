@@ -1,14 +1,14 @@
 """What each step of a run saw, by every process, for those who must prove that nothing was lost or repeated."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
 
+from dit.train.callbacks import Recorder
+from dit.train.files import append
 from dit.train.module import DiffusionModule
-from dit.train.world import World
 
 
 class Ledger(Callback):
@@ -21,13 +21,14 @@ class Ledger(Callback):
     Args:
         folder: of the lines.
         attempt: see above.
-        world: the processes.
+        recorder: says what cannot be written.
     """
 
-    def __init__(self, folder: Path, attempt: int, world: World):
+    def __init__(self, folder: Path, attempt: int, recorder: Recorder):
         folder.mkdir(exist_ok=True)
-        self.path = folder / f"rank-{world.rank}.jsonl"
+        self.path = folder / f"rank-{recorder.world.rank}.jsonl"
         self.attempt = attempt
+        self.recorder = recorder
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: DiffusionModule, outputs: Any, batch: Any, batch_idx: int
@@ -36,5 +37,5 @@ class Ledger(Callback):
         loss: torch.Tensor = outputs["loss"]
         line = {"attempt": self.attempt, "step": pl_module.step, "keys": list(batch["key"])}
         line |= {"loss": float(loss).hex(), "applied": bool(outputs["applied"])}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        with self.recorder.forgiven():
+            append(self.path, line)

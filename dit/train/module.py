@@ -39,7 +39,7 @@ class DiffusionModule(LightningModule):
         num_micro_batches: gradient accumulation: a process's part of the batch passes the network in so many parts.
         init: weights to begin with, full tensors by name; None draws them.
         max_grad_norm: the gradient is scaled down to this norm; None leaves it.
-        guard: says which gradients may be used; None: all.
+        guard: says which gradients may be used; None: all that are finite.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class DiffusionModule(LightningModule):
         self.lanes = lanes
         self.num_micro_batches = num_micro_batches
         self.max_grad_norm = max_grad_norm
-        self.guard = guard or Guard()
+        self.guard = guard or Guard(spike_deviations=None)
         self.learning_rate = learning_rate
         self.step = 0
         self.lr = 0.0  # of the last step

@@ -5,12 +5,12 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from types import FrameType
 
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75}  # 75: start me again
-AGAIN = 75
+AGAIN = 75  # the exit code that asks to be started again
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: AGAIN, signal.SIGUSR1: AGAIN}
 ECHO_SECONDS = 1.0  # one sent to a group of processes comes again from whoever forwards it
 LEAST_SECONDS = 15.0  # what leaving takes besides the save
 
@@ -24,7 +24,7 @@ def leave_at_once() -> None:
     os.set_blocking(tell, False)
     signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # what a worker hears is no affair of ours
-    for signum in (signal.SIGTERM, signal.SIGUSR1):
+    for signum in EXIT_CODES.keys() - {signal.SIGINT}:
         signal.signal(signum, _leave_now)
 
     def listen() -> None:
@@ -52,12 +52,15 @@ class Preemption:
         ends_at: when the job's time is up, in seconds since the epoch; None: there is no limit.
 
     Attributes:
-        exit_code: of what asked to stop; None while nothing has.
+        asked: the exit code of what asked this process to stop; 0 while nothing has.
+        exit_code: the one that all processes have agreed upon; None while they go on.
     """
 
     def __init__(self, speaks: bool = True, ends_at: float | None = None) -> None:
+        self.asked = 0
         self.exit_code: int | None = None
         self.ends_at = ends_at
+        self._looked: float | None = None
         self._speaks = speaks
         self._noted: float | None = None
 
@@ -80,14 +83,25 @@ class Preemption:
         for signum in EXIT_CODES:
             signal.signal(signum, self._leave)
 
-    def look_at_clock(self, save_seconds: float) -> None:
-        """Ask to stop if the time left is but enough for two saves, each of so many seconds."""
-        if self.ends_at is None or self.exit_code is not None:
-            return
-        left = self.ends_at - time.time()
-        if left < 2 * save_seconds + LEAST_SECONDS:
-            self.exit_code = AGAIN
-            self._say(f"the job's time is up in {max(0.0, left):.0f} s")
+    def agree(self, most: Callable[[int], int], save_seconds: float = 0.0) -> bool:
+        """Whether to stop, as one process at least was asked to; what is asked meanwhile counts the next time.
+
+        Args:
+            most: a value of each process -> the largest, in all of them.
+            save_seconds: what a save takes; the job's end asks when there is time for but two, and for what has passed
+                since the last time.
+        """
+        now = time.time()
+        passed, self._looked = now - (self._looked or now), now
+        if (
+            self.ends_at is not None
+            and not self.asked
+            and self.ends_at - now < 2 * save_seconds + passed + LEAST_SECONDS
+        ):
+            self.asked = AGAIN
+            self._say(f"the job's time is up in {max(0.0, self.ends_at - now):.0f} s")
+        self.exit_code = most(self.asked) or None
+        return self.exit_code is not None
 
     def _say(self, why: str) -> None:
         if self._speaks:
@@ -96,7 +110,7 @@ class Preemption:
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self._noted is None:
             self._noted = time.monotonic()
-            self.exit_code = EXIT_CODES[signal.Signals(signum)]
+            self.asked = EXIT_CODES[signal.Signals(signum)]
             self._say(signal.Signals(signum).name)
         elif signum == signal.SIGINT and time.monotonic() - self._noted > ECHO_SECONDS:
             signal.signal(signum, signal.SIG_DFL)
@@ -115,7 +129,10 @@ def end_of_job(environment: Mapping[str, str] = os.environ) -> float | None:
         return float(ends) if ends.isdecimal() else None
     if "SLURM_JOB_ID" not in environment:
         return None
-    command = ["squeue", "--noheader", f"--jobs={environment['SLURM_JOB_ID']}", "--format=%e"]
+    job = environment["SLURM_JOB_ID"]  # of one task of an array, this is also the array's
+    if array := environment.get("SLURM_ARRAY_JOB_ID"):
+        job = f"{array}_{environment.get('SLURM_ARRAY_TASK_ID')}"
+    command = ["squeue", "--noheader", f"--jobs={job}", "--format=%e"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
         return datetime.fromisoformat(answer.split()[0]).timestamp()

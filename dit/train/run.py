@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
@@ -25,7 +26,7 @@ from dit.train.checked import build_trained, checked
 from dit.train.devices import layout_of, settled
 from dit.train.encoding import check_encoded, identity
 from dit.train.environment import gathered
-from dit.train.lines import rewound
+from dit.train.files import replace, rewound
 from dit.train.same import differences
 from dit.train.strategy import Strategy
 from dit.train.watchdog import Watchdog
@@ -47,6 +48,7 @@ PROGRESS = {
     "replaced",
     "goodput",
 }  # the figures of a summary that no metric gave
+LOCK_SECONDS = 180.0
 
 
 class Run:
@@ -74,6 +76,7 @@ class Run:
         self.device = self.world.device("cuda" if cfg.trainer.accelerator == "gpu" else "cpu")
         self.folder = Path(cfg.runs_dir) / cfg.run
         self.watchdog = Watchdog(self.world, self.folder, cfg.trainer.timeout_seconds)
+        self.clock.listener = self.watchdog.enters
         self._lock: TextIO | None = None
         try:
             self._meet(denoiser, strategy)
@@ -143,14 +146,21 @@ class Run:
             raise ValueError(f"{self.folder} exists and resume=never: choose another run=<name>, or resume=auto")
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = (self.folder / ".lock").open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another process trains run={self.cfg.run} just now: wait, or take another name"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+        # A file server keeps the lock of a machine that was lost for a while, so that a job which was requeued waits.
+        until = time.monotonic() + (LOCK_SECONDS if os.environ.get("SLURM_RESTART_COUNT") else 0.0)
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise ValueError(
+                        f"another process trains run={self.cfg.run} just now: wait, or take another name"
+                    ) from None
+                time.sleep(1.0)
+                continue
+            except OSError:
+                pass  # a file system without locks
+            break
         self._lock = lock
         if resume_from := checkpoint.newest(self.folder / "checkpoints"):
             self._check_same(resume_from)
@@ -250,7 +260,7 @@ class Run:
             (self.folder / name).mkdir(exist_ok=True)
         checkpoint.clean(self.folder / "checkpoints", self.resume_from)
         rewound(self.folder / "skipped.jsonl", self.step)
-        _write(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.resolved)))
+        replace(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.resolved)))
 
     def _train(self) -> int | None:
         from lightning.pytorch import Trainer
@@ -301,7 +311,6 @@ class Run:
             self.world,
             self.attempts,
             lambda: self._left_out(module),
-            self.watchdog,
         )
         columns = min(10, self.parts.condition.sizes.get("num_classes", 10))
         preview_of = self._preview_of(columns)
@@ -319,6 +328,7 @@ class Run:
             options.checkpoint_every_steps,
             options.keep_checkpoints,
             recorder,
+            Skips(self.folder / "skipped.jsonl", recorder),
             preemption,
             self._fingerprint(),
             keep_every_steps=options.keep_every_steps,
@@ -338,9 +348,8 @@ class Run:
             enable_model_summary=False,
             default_root_dir=self.folder,
             callbacks=[
-                *([Ledger(self.folder / "ledger", self.attempts.number, self.world)] if options.ledger else []),
+                *([Ledger(self.folder / "ledger", self.attempts.number, recorder)] if options.ledger else []),
                 recorder,
-                Skips(self.folder / "skipped.jsonl", recorder, checkpoints.roll_back),
                 checkpoints,  # before the preview, which may take long
                 preview,
                 LambdaCallback(on_train_end=lambda *_: self._finish(module, trainer, recorder, preemption)),
@@ -356,8 +365,7 @@ class Run:
         number = options.max_steps - self.step - sum(self.step <= step < options.max_steps for step in skip)
         # Closing ends the data's workers, which leave signals to us, and a save that is under way.
         with preemption, closing(checkpoints), closing(batches):
-            fed = self.clock.fetched(self.watchdog.fed(batches, lambda: module.step))
-            trainer.fit(module, itertools.islice(fed, number))
+            trainer.fit(module, self.clock.fetched(itertools.islice(batches, number)))
         return preemption.exit_code
 
     def _processes(self) -> dict[str, Any]:
@@ -408,9 +416,7 @@ class Run:
     ) -> None:
         """Evaluate and sum up a run that reached its end."""
         summary: dict[str, Any] = {}
-        self.watchdog.at("end", module.step)
-        preemption.exit_code = self.world.most(preemption.exit_code or 0) or None
-        if preemption.exit_code is None:
+        if not preemption.agree(self.world.most):
             preemption.leave_at_once()
             summary = {
                 "step": module.step,
@@ -424,7 +430,7 @@ class Run:
                 self.attempts.trained(module.step)  # what judging has taken, too
                 if useful := goodput.of_run(self.folder)[0]:
                     summary["goodput"] = round(useful, 4)
-                _write(self.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+                replace(self.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
                 _report(self.folder, summary)
         else:
             self.world.say(f"dit: stopped and saved at step {module.step}; the same command goes on from there")
@@ -452,13 +458,6 @@ def _shown(subject: Subject, samples: Samples, columns: int) -> Tensor:
         return drawn
     rows = zip(samples["image"].split(columns), drawn.split(columns), strict=True)
     return torch.cat([images for row in rows for images in row])
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file as a whole."""
-    partial = path.with_suffix(".tmp")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def _report(folder: Path, summary: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from dit.train import replay
+from dit.train import sender
 
 FINISH_SECONDS = 12.0
 
@@ -73,7 +73,7 @@ def _sender(folder: Path, config: Mapping[str, Any], project: str, order: Mappin
     run = {"folder": str(folder), "id": identity.read_text().strip(), "config": dict(config), "project": project}
     here = {"command": sys.argv, "pid": os.getpid(), "host": _host()}
     process = subprocess.Popen(
-        [sys.executable, "-P", replay.__file__],
+        [sys.executable, "-P", sender.__file__],
         stdin=subprocess.PIPE,
         text=True,
         start_new_session=True,  # Ctrl-C is not for it

@@ -7,11 +7,11 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -29,12 +29,12 @@ PHASES = {
     "lost": "without another process",
     "left": "leaving",
 }
+SECTIONS = {"startup": "setup", "checkpoint": "save", "evaluation": "end", "other": "end"}  # and others by their names
 WORKING = ("agree", "data", "step")  # the others may take as long as they like
 FIRST_STEP = 4  # times the timeout, for what is compiled and tuned in it
 TICKS = 50  # of a timeout
 TICK_SECONDS = 1.0  # at most, of few processes
 LEAVE_SECONDS = 1.0
-T = TypeVar("T")
 
 
 class Pulse(NamedTuple):
@@ -154,7 +154,7 @@ class Watchdog:
         self._verdict = ""
         self._host, self._pid = socket.gethostname(), os.getpid()
         self._exchanged = 0
-        self._pulses: dict[int, Pulse] = {world.rank: self._own()}
+        self._pulses: dict[int, Pulse] = {rank: Pulse() for rank in range(world.size)} | {world.rank: self._own()}
         self._judge: Judge | None = None
         self._broken = False
         self._stop = threading.Event()
@@ -183,16 +183,9 @@ class Watchdog:
         before, _, first = self._place
         self._place = before if step is None else step, phase, first and phase != "agree"
 
-    def fed(self, batches: Iterator[T], step: Callable[[], int]) -> Iterator[T]:
-        """The batches, with marks where they are waited for and where they are there."""
-        while True:
-            self.at("data", step())
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            self.at("step")
-            yield batch
+    def enters(self, section: str, step: int | None) -> None:
+        """Mark where the main thread is, in the words of `goodput.Clock`."""
+        self.at(SECTIONS.get(section, section), step)
 
     def culprit(self) -> str:
         """Who is gone, as another process has just found it cannot be reached; empty if that cannot be known."""

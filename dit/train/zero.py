@@ -188,9 +188,9 @@ class Zero(Strategy):
         keys = {name.rpartition("/")[2]: like for name, like in checkpoint.layout(path, "optimizer").items()}
         flat = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
         for part in flat:
-            self.optimizers["denoiser"].state[part] = {
-                key: torch.zeros_like(part if like.ndim else like, device=part.device) for key, like in keys.items()
-            }
+            state = self.optimizers["denoiser"].state[part]
+            for key in keys.keys() - state.keys():  # DeepSpeed keeps hold of those that there are
+                state[key] = torch.zeros_like(part if keys[key].ndim else keys[key], device=part.device)
         if self.stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
         for name, value in checkpoint.load_weights(path, "model").items():

@@ -66,7 +66,8 @@ def drive(cfgs, faults, most=None):
 def happened(cfg):
     """The faults that did, by their place in the list: the number of the start, and the step that was done then."""
     marks = (Path(cfg.runs_dir) / f"{cfg.run}-faults").iterdir()
-    return {int(path.name): tuple(map(int, path.read_text().split())) for path in marks}
+    told = {int(path.name): tuple(map(int, path.read_text().split())) for path in marks}
+    return {i: what for i, what in told.items() if what}  # others were about to, when something else came before
 
 
 def _hurt(argument):

@@ -105,8 +105,10 @@ def test_a_hundred_kills_lose_and_repeat_nothing(run):
     assert drive([reference], []) == [0]
     faults = drawn(random.Random(0), ["kill"], number, 1, 3 * number, saves=EVERY, spread=0.1)
     codes = drive([cfg], faults)
-    assert len(happened(cfg)) == number
     assert codes[-1] == 0 and set(codes[:-1]) == {137}
+    assert (
+        len(codes) - 1 == len({start for start, _ in happened(cfg).values()}) > 0.9 * number
+    )  # two may strike at once
     check_attempts(cfg, EVERY)
     assert_same(cfg, reference)
 
