@@ -14,7 +14,7 @@ from dit.noise.schedule import Schedule
 from dit.noise.times import num_discrete_steps
 from dit.objective.objective import Batch, Objective
 
-MOST = 1e10  # times the median weight; more is a loss without a bound near the data
+MOST = 1e10  # that an error of F may count; of schedules without discrete steps more is a weight without bound
 
 
 class Denoising(Objective):
@@ -63,12 +63,11 @@ class Denoising(Objective):
     def check(self, denoiser: Denoiser) -> None:
         """Refuse what is known beforehand not to work."""
         u = torch.linspace(0, 1 - 1e-6, 8)
-        weights = self.weight_of_f(denoiser, self.times(denoiser.schedule, u))
-        if not (ratio := weights.max() / weights.median()) < MOST:
+        if not (most := self.weight_of_f(denoiser, self.times(denoiser.schedule, u)).max()) < MOST:
             raise ValueError(
                 f"objective.max_weight={'null' if self.max_weight is None else self.max_weight}, but with this weight, "
-                f"prediction and times one error counts {ratio:.0e} times as much as others: give "
-                "objective.max_weight=400, or take another weight, like weight=none"
+                f"prediction and times a squared error may count {most:.0e}: give objective.max_weight=400, or take "
+                "another weight, like weight=none"
             )
         if self.bound_weight:
             if (num_steps := self._num_steps(denoiser)) < 2:
