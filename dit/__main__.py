@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import sys
 import time
 
@@ -65,6 +66,8 @@ def main() -> None:
     except KeyboardInterrupt:  # before there was anything to save
         print("\ndit: stopped", file=sys.stderr)
         code = 130
+    if arguments[0] == "train":  # one that comes while Python ends would be heard by no handler, and change the code
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
     raise SystemExit(code)
 
 

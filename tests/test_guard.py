@@ -156,7 +156,13 @@ def test_too_many_in_a_row_roll_back_and_then_stop(config, monkeypatch, capsys):
         (8, "rolled back"),
     ]
     assert "after step 8 the weights are those of step 4 again" in capsys.readouterr().out
-    again = config("run=again", "guard.max_in_a_row=2", "guard.max_rollbacks=1", "trainer.checkpoint_every_steps=4")
+    again = config(
+        "run=again",
+        "trainer.keep_checkpoints=9",
+        "guard.max_in_a_row=2",
+        "guard.max_rollbacks=1",
+        "trainer.checkpoint_every_steps=4",
+    )
     Broken(monkeypatch, set(range(6, 13)))
     with pytest.raises(NumericError, match="from 9 on"):
         train(again)
@@ -178,15 +184,16 @@ class Lagging(Guard):
 
 
 @pytest.mark.parametrize("guard", [Guard, Lagging])
-def test_a_bad_step_at_a_checkpoint_is_counted_in_it(config, monkeypatch, guard):
+def test_a_bad_step_makes_no_checkpoint_and_is_counted_in_the_next(config, monkeypatch, guard):
     monkeypatch.setattr("dit.train.guard.Guard", guard)
     cfg = config("run=counted", "trainer.max_steps=8", "trainer.checkpoint_every_steps=4")
     Broken(monkeypatch, {4})
     assert train(cfg) == 0
     [line] = skipped(cfg)
     assert line["step"] == 4
-    state = checkpoint.load_state(Path(cfg.runs_dir) / "counted/checkpoints/step-00000004")["guard"]
-    assert (state["skipped"], state["in_a_row"], state["first_bad"]) == (1, 1, 4)
+    [path] = checkpoint.committed(Path(cfg.runs_dir) / "counted/checkpoints")
+    state = checkpoint.load_state(path)["guard"]
+    assert (path.name, state["skipped"], state["in_a_row"]) == ("step-00000008", 1, 0)
 
 
 def test_roll_backs_are_remembered_by_who_goes_on():
@@ -195,9 +202,8 @@ def test_roll_backs_are_remembered_by_who_goes_on():
         guard.note(step, torch.tensor(False), torch.tensor(1.0), torch.tensor(1.0), [])
         list(guard.bad())
     assert guard.roll_back() == 5
-    guard.forgive()  # a checkpoint of a bad step forgives nothing
     other.load_state(json.loads(json.dumps(guard.state())))
-    assert other.rollbacks == 1
+    assert other.rollbacks == 1 and not guard.good
     other.note(7, torch.tensor(True), torch.tensor(1.0), torch.tensor(1.0), [])
     assert list(other.bad()) == []
     other.forgive()

@@ -54,11 +54,11 @@ def test_a_scheduler_may_repeat_itself(monkeypatch):
 
 
 @pytest.mark.parametrize(("left", "save_seconds", "stops"), [(100, 10, False), (100, 50, True), (10, 0, True)])
-def test_the_end_of_the_job_leaves_time_for_two_saves(left, save_seconds, stops, capsys):
+def test_the_end_of_the_job_leaves_time_for_two_saves(left, save_seconds, stops, capfd):
     preemption = Preemption(ends_at=time.time() + left)
     assert preemption.agree(lambda value: value, save_seconds) == stops
     assert preemption.exit_code == (75 if stops else None)
-    assert ("the job's time is up" in capsys.readouterr().out) == stops
+    assert ("the job's time is up" in capfd.readouterr().out) == stops
 
 
 def test_the_end_of_the_job_leaves_time_for_a_step(monkeypatch):
@@ -72,16 +72,17 @@ def test_the_end_of_the_job_leaves_time_for_a_step(monkeypatch):
 
 def test_the_end_of_the_job_is_what_slurm_says(tmp_path, monkeypatch):
     assert end_of_job({}) is None
-    assert end_of_job({"SLURM_JOB_END_TIME": "1700000000", "SLURM_JOB_ID": "1"}) == 1700000000
+    assert end_of_job({"SLURM_JOB_END_TIME": "4000000000", "SLURM_JOB_ID": "1"}) == 4000000000
+    assert end_of_job({"SLURM_JOB_END_TIME": "1000"}) is None  # of a job of before
     assert end_of_job({"SLURM_JOB_END_TIME": "abc"}) is None
     squeue = tmp_path / "squeue"
-    squeue.write_text('#!/bin/sh\necho "$@" > asked\necho 2026-11-22T01:02:03\n')
+    squeue.write_text('#!/bin/sh\necho "$@" > asked\necho 2096-11-22T01:02:03\n')
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
     for more, job in (({}, "12"), ({"SLURM_ARRAY_JOB_ID": "10", "SLURM_ARRAY_TASK_ID": "3"}, "10_3")):
         told = end_of_job({"SLURM_JOB_ID": "12", **more})
-        assert time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(told)) == "2026-11-22 01:02:03"
+        assert time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(told)) == "2096-11-22 01:02:03"
         assert f"--jobs={job} " in (tmp_path / "asked").read_text()
     for answer in ("echo NONE", "true", "exit 1"):
         squeue.write_text(f"#!/bin/sh\n{answer}\n")

@@ -1,8 +1,10 @@
 """dit train: train a model."""
 
 import os
+import sys
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -133,11 +135,13 @@ def _main(cfg: DictConfig) -> int:
 def train(cfg: DictConfig) -> int:
     """Train in this process; the exit code."""
     with user_errors():
+        from dit.train.files import Outlet
         from dit.train.run import Run
 
         run = Run(cfg)
         run.prepare()
-    return run.fit() or 0
+    with redirect_stdout(Outlet(sys.stdout)):
+        return run.fit() or 0
 
 
 def one_of_several(cfg: DictConfig) -> int:

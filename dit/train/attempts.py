@@ -9,6 +9,7 @@ code-*.diff  what the code had of its own beside its revision, see `environment`
 
 import json
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -29,6 +30,13 @@ IN_A_ROW = 3  # crashes at one step that are no chance
 NOT_OF_THE_STEP = (0, 4, 75, 130)  # exit codes: done, no room for a checkpoint, asked to stop
 
 
+SHAPE: dict[str, Any] = {  # of what others read
+    **dict.fromkeys(("attempt", "from_step", "world_size", "step", "at", "redone", "replaced"), int),
+    **dict.fromkeys(("began", "noted"), (int, float)),
+    **{"left_out": list, "seconds": dict, "environment": dict, "ended": (dict, type(None))},
+}
+
+
 class PoisonError(Exception):
     """A step ended several starts in a row."""
 
@@ -41,9 +49,12 @@ def read(folder: Path) -> list[dict[str, Any]]:
     What its last step says of one that was killed is in `at`, `step`, and `seen`, its last sign of life.
     """
     starts = []
-    for path in sorted((folder / NAME).glob("[0-9]*.json")):
-        with suppress(OSError, ValueError, LookupError):
-            start: dict[str, Any] = json.loads(path.read_text())
+    for path in _files(folder / NAME):
+        with suppress(OSError, ValueError, LookupError, TypeError):
+            start: dict[str, Any] = json.loads(path.read_bytes())
+            if not SHAPE.keys() <= start.keys() or not all(isinstance(start[key], SHAPE[key]) for key in SHAPE):
+                continue
+            time.gmtime(min(start["began"], start["noted"])), time.gmtime(max(start["began"], start["noted"]))
             start["seen"] = start["noted"]
             if start["ended"] is None:
                 with suppress(OSError, ValueError):
@@ -53,6 +64,10 @@ def read(folder: Path) -> list[dict[str, Any]]:
                     start["step"] = start["at"] - 1 if start["at"] else start["step"]
             starts.append(start)
     return starts
+
+
+def _files(root: Path) -> list[Path]:
+    return sorted(path for path in root.glob("*.json") if re.fullmatch(r"\d+", path.stem))
 
 
 def crashed_at(starts: Sequence[Mapping[str, Any]]) -> int | None:
@@ -97,6 +112,7 @@ class Attempts:
         self.replaced = 0
         self._path: Path | None = None
         self._at: int | None = None  # a file
+        restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
         self._start: dict[str, Any] = {
             "attempt": 0,
             "began": clock.began,
@@ -104,7 +120,7 @@ class Attempts:
             "world_size": world.size,
             "num_nodes": world.num_nodes,
             "job": os.environ.get("SLURM_JOB_ID"),
-            "restarts": int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+            "restarts": int(restarts) if restarts.isdecimal() else 0,
             "left_out": [],
             "step": step,
             "at": 0,
@@ -120,7 +136,7 @@ class Attempts:
         root, before = folder / NAME, read(folder)
         with suppress(OSError):
             root.mkdir(exist_ok=True)
-        number = max((int(path.stem) for path in root.glob("[0-9]*.json")), default=-1) + 1
+        number = max((int(path.stem) for path in _files(root)), default=-1) + 1
         self._path = root / f"{number:04d}.json"
         tried: list[dict[str, Any]] = []
         for start in before:

@@ -18,7 +18,7 @@ from dit.train.attempts import Attempts
 from dit.train.checkpoint import Saver
 from dit.train.files import append, rewound
 from dit.train.goodput import duration
-from dit.train.guard import Bad, NumericError
+from dit.train.guard import ADVICE, Bad, NumericError
 from dit.train.module import DiffusionModule
 from dit.train.preemption import Preemption
 from dit.train.world import World
@@ -341,8 +341,9 @@ class Checkpoints(Callback):
                 self._roll_back(pl_module)
             if self.snapshooter and self.snapshot_every_steps and step % self.snapshot_every_steps == 0:
                 self.snapshooter.save(step, pl_module.strategy.saved(pl_module, averages_only=True), {"step": step})
-            if due:
+            if due and guard.good:
                 guard.forgive()
+            if last or (due and guard.good):  # others would take the place of those that one can roll back to
                 state = {"step": step, "recorder": self.recorder.state(), "guard": guard.state()}
                 self.saver.save(step, pl_module.strategy.saved(pl_module), state, wait=last)
             if last and self.snapshooter:
@@ -360,10 +361,14 @@ class Checkpoints(Callback):
         self.saver.wait()
         path = self.recorder.world.once(lambda: checkpoint.newest(self.root, before))
         if path is None:
-            raise NumericError(f"there is no checkpoint from before step {before} to roll back to")
+            raise NumericError(
+                f"there is no checkpoint from before step {before} to roll back to, and leaving steps out is no help: "
+                f"{ADVICE}"
+            )
         module.strategy.restore(module, path)
         if guard := checkpoint.load_state(path).get("guard"):
             module.guard.load_usual(guard)
+        module.guard.rolled_to = checkpoint.step_of(path)
         self.skips.rolled_back(module.step, checkpoint.step_of(path))
 
     def close(self) -> None:

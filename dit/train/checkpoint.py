@@ -359,7 +359,8 @@ def clean(root: Path, resume_from: Path | None) -> None:
         for path in committed(root):
             if step_of(path) > step_of(resume_from):
                 _put_aside(path)
-        _pointer(resume_from).replace(root / LATEST)
+        with suppress(OSError):  # a full disk; what is gone on from is found without it
+            _pointer(resume_from).replace(root / LATEST)
 
 
 def verify(path: Path) -> str | None:

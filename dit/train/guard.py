@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 USUAL_STEPS = 100  # of which the usual gradient norm is a moving average, and before which there are no spikes
-COUNTS = ("skipped", "in_a_row", "first_bad", "rollbacks")
+COUNTS = ("skipped", "in_a_row", "first_bad", "rollbacks", "rolled_to")
+ADVICE = (
+    "skipped.jsonl names the samples; a run with a lower optimizer.lr, trainer.max_grad_norm=1 or "
+    "trainer.precision=32-true may fare better"
+)
 LEAST_DEVIATION = 0.25  # of the logarithm of the norm, for runs whose norm hardly moves
 
 
@@ -45,6 +49,8 @@ class Guard:
         in_a_row: number of them up to now.
         rollbacks: since the last good checkpoint.
         first_bad: the first step of those in a row.
+        rolled_to: the step of the checkpoint that the run was last rolled back to, since the last good one.
+        good: whether the last step was not left out.
 
     Raises:
         ValueError: if a value is out of range.
@@ -62,7 +68,8 @@ class Guard:
         self.spike_deviations = spike_deviations
         self.skipped = self.in_a_row = self.rollbacks = 0
         self.first_bad: int | None = None
-        self._good = False  # the last step
+        self.rolled_to: int | None = None
+        self.good = True
         self._usual: dict[
             str, Tensor
         ] = {}  # by network: steps seen, mean and variance of the logarithm of the norm, (3,)
@@ -118,8 +125,8 @@ class Guard:
             if ready is not None:
                 ready.synchronize()
             applied, norm, loss = told.tolist()
-            self._good = bool(applied)
-            if self._good:
+            self.good = bool(applied)
+            if self.good:
                 self.in_a_row, self.first_bad = 0, None
                 continue
             self.skipped += 1
@@ -133,7 +140,7 @@ class Guard:
         return self.in_a_row > self.max_in_a_row
 
     def roll_back(self) -> int:
-        """Count a roll back; the first of the steps in a row, from before which the weights must be.
+        """Count a roll back; the step from before which the weights must be, each time an earlier one.
 
         Raises:
             NumericError: if there were too many.
@@ -142,18 +149,16 @@ class Guard:
         if self.rollbacks > self.max_rollbacks:
             raise NumericError(
                 f"{self.in_a_row} steps in a row, from {self.first_bad} on, gave no gradient that may be used, after "
-                f"{self.max_rollbacks} times rolled back: skipped.jsonl names their samples; a run with a lower "
-                "optimizer.lr, trainer.max_grad_norm=1 or trainer.precision=32-true may fare better"
+                f"{self.max_rollbacks} times rolled back: {ADVICE}"
             )
-        before = self.first_bad
-        assert before is not None
+        assert self.first_bad is not None
+        before = self.first_bad if self.rolled_to is None else self.rolled_to
         self.in_a_row, self.first_bad = 0, None
         return before
 
     def forgive(self) -> None:
-        """Forget roll backs, if the last step was good: a checkpoint is made of it."""
-        if self._good:
-            self.rollbacks = 0
+        """Forget roll backs, as a checkpoint is made of a good step."""
+        self.rollbacks, self.rolled_to = 0, None
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

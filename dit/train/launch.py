@@ -122,7 +122,9 @@ def _begin(environment: dict[str, str], work: Callable[[Any], int], argument: An
     if threads := environment.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    raise SystemExit(work(argument))
+    code = work(argument)
+    signal.pthread_sigmask(signal.SIG_BLOCK, set(EXIT_CODES))  # one that comes now would change it
+    raise SystemExit(code)
 
 
 def _end_with_parent() -> None:

@@ -25,7 +25,8 @@ class Ledger(Callback):
     """
 
     def __init__(self, folder: Path, attempt: int, recorder: Recorder):
-        folder.mkdir(exist_ok=True)
+        with recorder.forgiven():
+            folder.mkdir(exist_ok=True)
         self.path = folder / f"rank-{recorder.world.rank}.jsonl"
         self.attempt = attempt
         self.recorder = recorder

@@ -6,6 +6,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import datetime
 from types import FrameType
 
@@ -37,7 +38,8 @@ def leave_at_once() -> None:
 
 def _leave_now(signum: int, frame: FrameType | None) -> None:
     if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == "0":
-        os.write(2, b"dit: stopped before training began; the same command starts again\n")
+        with suppress(OSError):
+            os.write(2, b"dit: stopped; the same command starts or goes on\n")
     os._exit(EXIT_CODES[signal.Signals(signum)])  # not by an exception, which an import may catch
 
 
@@ -101,11 +103,16 @@ class Preemption:
             self.asked = AGAIN
             self._say(f"the job's time is up in {max(0.0, self.ends_at - now):.0f} s")
         self.exit_code = most(self.asked) or None
+        if self.exit_code and not self.asked:
+            self.asked = self.exit_code
+            self._say("another process was asked to")
         return self.exit_code is not None
 
     def _say(self, why: str) -> None:
         if self._speaks:
-            print(f"\ndit: stopping after this step ({why}); Ctrl-C once more to stop at once", flush=True)
+            text = f"\ndit: stopping after this step ({why}); Ctrl-C once more to stop at once\n"
+            with suppress(OSError):  # not by print, in the midst of which the signal may have come
+                os.write(1, text.encode())
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self._noted is None:
@@ -123,10 +130,10 @@ class Preemption:
 def end_of_job(environment: Mapping[str, str] = os.environ) -> float | None:
     """When the time of this SLURM job is up, in seconds since the epoch; None: there is no job, limit or answer.
 
-    Recent versions of SLURM say so in the environment; squeue does in all.
+    Recent versions of SLURM say so in the environment; squeue does in all. A time that is past is of another job.
     """
     if ends := environment.get("SLURM_JOB_END_TIME"):
-        return float(ends) if ends.isdecimal() else None
+        return float(ends) if ends.isdecimal() and float(ends) > time.time() else None
     if "SLURM_JOB_ID" not in environment:
         return None
     job = environment["SLURM_JOB_ID"]  # of one task of an array, this is also the array's
@@ -135,6 +142,7 @@ def end_of_job(environment: Mapping[str, str] = os.environ) -> float | None:
     command = ["squeue", "--noheader", f"--jobs={job}", "--format=%e"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
-        return datetime.fromisoformat(answer.split()[0]).timestamp()
+        ends = datetime.fromisoformat(answer.split()[0]).timestamp()
+        return ends if ends > time.time() else None
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):  # also of NONE, or no such job any more
         return None

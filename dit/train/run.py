@@ -218,7 +218,7 @@ class Run:
         """
         summary = self.folder / "summary.json"
         try:
-            before = self.world.once(lambda: json.loads(summary.read_text()) if summary.exists() else {})
+            before = self.world.once(lambda: _read(summary))
             judged = bool(before.keys() - PROGRESS) or not self.cfg.metric
             if before.get("step") == self.step == self.cfg.trainer.max_steps and judged:
                 self.world.say(f"dit: {self.folder} is complete at step {self.step}")
@@ -260,7 +260,13 @@ class Run:
             (self.folder / name).mkdir(exist_ok=True)
         checkpoint.clean(self.folder / "checkpoints", self.resume_from)
         rewound(self.folder / "skipped.jsonl", self.step)
-        replace(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.resolved)))
+        path = self.folder / "config.yaml"
+        try:
+            replace(path, OmegaConf.to_yaml(OmegaConf.create(self.resolved)))
+        except OSError as error:  # a full disk does not stop what was begun before
+            if not path.exists():
+                raise
+            print(f"dit: WARNING: {error}; the run goes on", flush=True)
 
     def _train(self) -> int | None:
         from lightning.pytorch import Trainer
@@ -458,6 +464,15 @@ def _shown(subject: Subject, samples: Samples, columns: int) -> Tensor:
         return drawn
     rows = zip(samples["image"].split(columns), drawn.split(columns), strict=True)
     return torch.cat([images for row in rows for images in row])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a file of JSON says; nothing if it is not there, or damaged."""
+    try:
+        told = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return told if isinstance(told, dict) else {}
 
 
 def _report(folder: Path, summary: dict[str, Any]) -> None:
