@@ -139,6 +139,28 @@ def test_an_array_shares_work_or_sweeps(cluster, fake):
     ]
 
 
+def test_each_task_of_an_array_comes_back_by_itself(cluster, fake):
+    """The number of one of them is the array's, too."""
+    folder, env = fake
+    script = ROOT / "slurm" / "array.sbatch"
+    again = Job(cluster, folder, "--array=0-1", script, "train", "a", **env, FAKE_CODE="75", DIT_REQUEUES="1")
+    again.wait(lambda: again.log.count("started again 1 times already") == 2 and len(called(again)) == 4)
+
+
+def test_what_cannot_be_read_starts_nothing(cluster, fake):
+    folder, env = fake
+    (folder / "quotes.txt").write_text("run='a lr=3\n")
+    array, train = (ROOT / "slurm" / f"{name}.sbatch" for name in ("array", "train"))
+    jobs = {
+        "cannot read the quotes of": Job(cluster, folder, "--array=0", array, "train", "@quotes.txt", **env),
+        "is for the tasks of an array": Job(cluster, folder, array, "train", "@quotes.txt", **env),
+        "DIT_REQUEUES=x must be a whole number": Job(cluster, folder, train, "a", **env, DIT_REQUEUES="x"),
+    }
+    for message, job in jobs.items():
+        job.wait(lambda job=job, message=message: message in job.log)
+        assert called(job) == []
+
+
 def test_only_75_brings_a_job_back_and_not_for_ever(cluster, fake):
     folder, env = fake
     script = ROOT / "slurm" / "train.sbatch"
