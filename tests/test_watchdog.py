@@ -192,7 +192,6 @@ def trains(argument):
 
 def hangs(argument):
     """As above, but rank 1 stands still in Python after a while, in one of several places."""
-    from dit.data.source import Source  # noqa: F401
     from dit.train.module import DiffusionModule
 
     cfg, folder, where = argument
@@ -207,15 +206,15 @@ def hangs(argument):
 
             DiffusionModule._micro_batches = stands
         else:
-            fed = Watchdog.fed
+            fetched = Clock.fetched
 
-            def starves(self, batches, step):
+            def starves(batches):
                 for number, batch in enumerate(batches):
                     while number == 5:
                         time.sleep(0.01)
                     yield batch
 
-            Watchdog.fed = lambda self, batches, step: fed(self, starves(self, batches, step), step)
+            Clock.fetched = lambda self, batches: fetched(self, starves(batches))
     return trains((cfg, folder))
 
 

@@ -55,7 +55,7 @@ def assert_same(cfg, reference):
 def test_a_fault_of_each_kind_and_phase(run):
     """As many as two processes and a minute allow: the rest is for patience."""
     reference, cfg = run("reference", 2), run("hurt", 2, "trainer.timeout_seconds=10")
-    broken = Fault("nan", 1, 25, "forward")
+    broken = Fault("nan", 1, 26, "forward")
     assert drive([reference], [broken]) == [0]
     faults = [
         broken,
@@ -69,7 +69,7 @@ def test_a_fault_of_each_kind_and_phase(run):
     ]
     codes = drive([cfg], faults)
     assert len(happened(cfg)) == len(faults) - 1  # a loss that is no number leaves no mark, but a step left out
-    assert [step for step, (_, _, applied) in history(cfg).items() if not applied] == [25]
+    assert [step for step, (_, _, applied) in history(cfg).items() if not applied] == [26]
     assert codes[-1] == 0 and sorted(codes[:-1]) == sorted([137, AGAIN, AGAIN, 137, 1, 1])
     check_attempts(cfg, EVERY)
     assert_same(cfg, reference)
