@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # which import torch; reading needs none
 NAME = "attempts"
 NOTE_SECONDS = 5.0
 IN_A_ROW = 3  # crashes at one step that are no chance
-NOT_OF_THE_STEP = (0, 4, 5, 75, 130)  # exit codes: done, no room for a checkpoint, too many steps left out, asked to stop
+NOT_OF_THE_STEP = (0, 4, 5, 75, 130)  # exit codes: done, no room, too many steps left out, asked to stop
 
 
 SHAPE: dict[str, Any] = {  # of what others read
