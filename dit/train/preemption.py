@@ -142,7 +142,7 @@ def end_of_job(environment: Mapping[str, str] = os.environ) -> float | None:
     command = ["squeue", "--noheader", f"--jobs={job}", "--format=%e"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
-        ends = datetime.fromisoformat(answer.split()[0]).timestamp()
-        return ends if ends > time.time() else None
+        until = datetime.fromisoformat(answer.split()[0]).timestamp()
+        return until if until > time.time() else None
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):  # also of NONE, or no such job any more
         return None
