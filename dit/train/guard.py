@@ -9,7 +9,7 @@ from torch import Tensor
 
 USUAL_STEPS = 100  # of which the usual gradient norm is a moving average, and before which there are no spikes
 COUNTS = ("skipped", "in_a_row", "first_bad", "rollbacks", "rolled_to")
-ADVICE = (
+ADVICE = (  # of who has no way out but another run
     "skipped.jsonl names the samples; a run with a lower optimizer.lr, trainer.max_grad_norm=1 or "
     "trainer.precision=32-true may fare better"
 )
@@ -70,9 +70,8 @@ class Guard:
         self.first_bad: int | None = None
         self.rolled_to: int | None = None
         self.good = True
-        self._usual: dict[
-            str, Tensor
-        ] = {}  # by network: steps seen, mean and variance of the logarithm of the norm, (3,)
+        # By network: steps seen, mean and variance of the logarithm of the norm, (3,).
+        self._usual: dict[str, Tensor] = {}
         self._noted: list[tuple[int, Tensor, Any, Sequence[str]]] = []  # what the device has not yet said
 
     def allows(self, network: str, norm: Tensor) -> Tensor:

@@ -40,14 +40,8 @@ if TYPE_CHECKING:  # importing lightning takes seconds, which a mistake in the c
     from dit.train.module import DiffusionModule
     from dit.train.preemption import Preemption
 
-PROGRESS = {
-    "step",
-    "loss",
-    "images_per_second",
-    "skipped",
-    "replaced",
-    "goodput",
-}  # the figures of a summary that no metric gave
+# The figures of a summary that no metric gave.
+PROGRESS = {"step", "loss", "images_per_second", "skipped", "replaced", "goodput"}
 LOCK_SECONDS = 180.0
 
 
