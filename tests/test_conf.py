@@ -185,7 +185,7 @@ def test_help_is_fast_and_names_the_verbs():
 def test_verbs_are_checked():
     assert dit()[0] == 2
     code, output, _ = dit("trian")
-    assert code == 2 and "there is no verb trian; choose one of pack, index, encode, train, sample" in output
+    assert code == 2 and "there is no verb trian; choose one of pack, index, encode, train, submit, sample" in output
     assert dit("--version")[0] == 0
 
 
