@@ -133,7 +133,7 @@ def test_what_was_encoded_otherwise_is_refused(config, shards, vae, tmp_path):
     other = save_vae(tmp_path / "other", seed=1)
     with pytest.raises(ValueError, match=r"was encoded by .*, whose weights are others than those of .*other"):
         Run(config(*run, f"latent.name={other}"))
-    with pytest.raises(ValueError, match="data.encoded=true, but latent=pixels"):
+    with pytest.raises(ValueError, match=r"data.encoded=true, but latent=pixels"):
         Run(config(*run, "latent=pixels", "latent.channels=1"))
     with pytest.raises(ValueError, match=r"no latent \(\.latent_flipped\.npy\).*encode again with data.flip=true"):
         Run(config(*run, f"latent.name={vae}", "data.flip=true"))
@@ -141,7 +141,7 @@ def test_what_was_encoded_otherwise_is_refused(config, shards, vae, tmp_path):
         Run(config(*run, f"latent.name={vae}", "data.encoded=false"))
     with pytest.raises(ValueError, match=r"holds images, not latents"):
         Run(config(*run, f"latent.name={vae}", f"data.path={shards}"))
-    with pytest.raises(ValueError, match="reads the image, but data.encoded=true"):
+    with pytest.raises(ValueError, match=r"reads the image, but data.encoded=true"):
         Run(config(*run, f"latent.name={vae}", "condition=superresolution"))
     with pytest.raises(ValueError, match=r"encoded with image_size=8"):
         Run(config(*run, f"latent.name={vae}", "data.image_size=16"))
