@@ -101,15 +101,15 @@ def test_signals_at_any_moment_stop_within_a_step_and_a_save(run, number):
 @pytest.mark.chaos
 def test_a_hundred_kills_lose_and_repeat_nothing(run):
     number = SHARE or 100
-    more = (f"trainer.max_steps={3 * number}",)
+    steps = max(STEPS, 3 * number)
+    more = (f"trainer.max_steps={steps}",)
     reference, cfg = run("reference", 1, *more), run("killed", 1, *more)
     assert drive([reference], []) == [0]
-    faults = drawn(random.Random(0), ["kill"], number, 1, 3 * number, saves=EVERY, spread=0.1)
+    # More than that are drawn, as two may strike at once.
+    faults = drawn(random.Random(0), ["kill"], 3 * number // 2, 1, steps, saves=EVERY, spread=0.1)
     codes = drive([cfg], faults)
     assert codes[-1] == 0 and set(codes[:-1]) == {137}
-    assert (
-        len(codes) - 1 == len({start for start, _ in happened(cfg).values()}) > 0.9 * number
-    )  # two may strike at once
+    assert len(codes) - 1 == len({start for start, _ in happened(cfg).values()}) >= number
     check_attempts(cfg, EVERY)
     assert_same(cfg, reference)
 
