@@ -152,7 +152,7 @@ def main() -> None:
     command.set_defaults(run=goodput)
     command.add_argument("overrides", nargs="*", help="of the digits' recipe, as for dit train")
     command.add_argument("--minutes", type=float, default=30)
-    command.add_argument("--faults", type=int, default=3)
+    command.add_argument("--faults", type=int, choices=range(1, 100), default=3, metavar="N", help="at least 1")
     command.add_argument("--threads", type=int, default=1, help="of torch in this process")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
