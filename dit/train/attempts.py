@@ -28,8 +28,6 @@ NAME = "attempts"
 NOTE_SECONDS = 5.0
 IN_A_ROW = 3  # crashes at one step that are no chance
 NOT_OF_THE_STEP = (0, 4, 5, 75, 130)  # exit codes: done, no room, too many steps left out, asked to stop
-
-
 SHAPE: dict[str, Any] = {  # of what others read
     **dict.fromkeys(("attempt", "from_step", "world_size", "step", "at", "redone", "replaced"), int),
     **dict.fromkeys(("began", "noted"), (int, float)),
@@ -54,7 +52,8 @@ def read(folder: Path) -> list[dict[str, Any]]:
             start: dict[str, Any] = json.loads(path.read_bytes())
             if not SHAPE.keys() <= start.keys() or not all(isinstance(start[key], SHAPE[key]) for key in SHAPE):
                 continue
-            time.gmtime(min(start["began"], start["noted"])), time.gmtime(max(start["began"], start["noted"]))
+            for moment in (start["began"], start["noted"]):
+                time.gmtime(moment)  # or it is none
             start["seen"] = start["noted"]
             if start["ended"] is None:
                 with suppress(OSError, ValueError):

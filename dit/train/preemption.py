@@ -68,17 +68,13 @@ class Preemption:
 
     def __enter__(self) -> "Preemption":
         self._previous = {signum: signal.getsignal(signum) for signum in EXIT_CODES}
-        self.install()
+        for signum in EXIT_CODES:
+            signal.signal(signum, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
-
-    def install(self) -> None:
-        """Take over the signals, from whoever has them now."""
-        for signum in EXIT_CODES:
-            signal.signal(signum, self._note)
 
     def leave_at_once(self) -> None:
         """From now on a signal ends the process where it is, as there is nothing left to save."""
