@@ -84,7 +84,7 @@ def run_lines(folder: Path) -> list[str]:
     """Where a run's time has gone, how each start of it ended, its newest checkpoint, and what was left out."""
     starts, skipped = attempts.read(folder), goodput.skipped_steps(folder)
     checkpoints = sorted((folder / "checkpoints").glob("step-*[0-9]"))
-    lines = [f"{folder}", *goodput.of_run(folder)[1]]
+    lines = [f"{folder}", *goodput.table(starts, skipped)[1]]
     lines.append(f"  {'newest checkpoint':<18} {checkpoints[-1] if checkpoints else 'none'}")
     if replaced := sum(start["replaced"] for start in starts):
         lines.append(f"  {'replaced samples':<18} {replaced}, those of steps that were redone each time")

@@ -341,9 +341,9 @@ class Checkpoints(Callback):
                 self._roll_back(pl_module)
             if self.snapshooter and self.snapshot_every_steps and step % self.snapshot_every_steps == 0:
                 self.snapshooter.save(step, pl_module.strategy.saved(pl_module, averages_only=True), {"step": step})
-            if due and guard.good:
-                guard.forgive()
-            if last or (due and guard.good):  # others would take the place of those that one can roll back to
+            if due and (last or guard.good):  # others would take the place of those that one can roll back to
+                if guard.good:
+                    guard.forgive()
                 state = {"step": step, "recorder": self.recorder.state(), "guard": guard.state()}
                 self.saver.save(step, pl_module.strategy.saved(pl_module), state, wait=last)
             if last and self.snapshooter:

@@ -139,8 +139,13 @@ def skipped_steps(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 def of_run(folder: Path) -> tuple[float, list[str]]:
-    """The goodput of a run, and the lines of a table of where its time went; 0 and none if nothing was noted."""
-    parts = split(attempts.read(folder), skipped_steps(folder))
+    """The goodput of a run, see `table`."""
+    return table(attempts.read(folder), skipped_steps(folder))
+
+
+def table(starts: Sequence[Mapping[str, Any]], skipped: Collection[int]) -> tuple[float, list[str]]:
+    """Goodput, and the lines of a table of where the time went; 0 and none if nothing was noted. See `split`."""
+    parts = split(starts, skipped)
     if not (wall := sum(parts.values())):
         return 0.0, []
     lines = [f"  {'goodput':<18} {parts['step'] / wall:.4f} of {duration(wall)}"]
