@@ -67,7 +67,8 @@ def main() -> None:
         print("\ndit: stopped", file=sys.stderr)
         code = 130
     if arguments[0] == "train":  # one that comes while Python ends would be heard by no handler, and change the code
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+        for signum in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(signum, signal.SIG_IGN)  # not blocked, which would hold for this thread alone
     raise SystemExit(code)
 
 

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -51,6 +53,26 @@ def test_a_scheduler_may_repeat_itself(monkeypatch):
         for signum in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
             raised(signum)
         assert preemption.agree(lambda value: value)
+
+
+ENDING = """
+import os, sys
+from dit.__main__ import main
+
+class Last:
+    def __del__(self, kill=os.kill, pid=os.getpid()):
+        kill(pid, {signum})
+
+last = Last()  # goes when Python has no handlers any more
+sys.argv = ["dit", "train", "run=a", "--cfg", "job"]
+main()
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_while_python_ends_does_not_change_the_exit_code(signum):
+    code = ENDING.format(signum=int(signum))
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
 
 
 @pytest.mark.parametrize(("left", "save_seconds", "stops"), [(100, 10, False), (100, 50, True), (10, 0, True)])

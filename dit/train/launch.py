@@ -123,7 +123,8 @@ def _begin(environment: dict[str, str], work: Callable[[Any], int], argument: An
         torch.set_num_threads(int(threads))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     code = work(argument)
-    signal.pthread_sigmask(signal.SIG_BLOCK, set(EXIT_CODES))  # one that comes now would change it
+    for signum in EXIT_CODES:
+        signal.signal(signum, signal.SIG_IGN)  # one that comes now would change it
     raise SystemExit(code)
 
 

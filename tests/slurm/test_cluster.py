@@ -16,6 +16,7 @@ pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[2]
 AWKWARD = 'it\'s [a, b] "c" $HOME; #1'
 PATIENCE = 120  # seconds, for anything to happen
+ENDS = "COMPLETED FAILED CANCELLED TIMEOUT NODE_FAIL".split()  # besides these a state is passed through, as SIGNALING is
 
 SLOW = """
 import os, time
@@ -87,7 +88,7 @@ class Job:
 
     def end(self, seconds=PATIENCE):
         """The state at the end."""
-        self.wait(lambda: self.state not in ("PENDING", "RUNNING", "COMPLETING"), seconds)
+        self.wait(lambda: self.state in ENDS, seconds)
         return self.state
 
 
