@@ -17,7 +17,7 @@ COMMANDS = [line.strip() for line in README.splitlines() if line.startswith("   
 
 def test_the_first_screen_has_the_two_commands():
     commands = [line.strip() for line in README.splitlines() if line.startswith("    pip install -e")]
-    assert commands == ["pip install -e . && dit train experiment=digits", "pip install -e '.[dev]' && pytest"]
+    assert commands == ["pip install -e . && dit train experiment=digits", "pip install -e '.[dev]' && pytest -n 2"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
