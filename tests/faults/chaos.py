@@ -141,6 +141,7 @@ def _place(patch, meet, now, broken):
     batches = Stream.batches
 
     def waited(self, batch_size, seed, first_step=0, **options):
+        now["step"] = first_step
         for i, batch in enumerate(batches(self, batch_size, seed, first_step, **options)):
             meet("data", first_step + i + 1)
             yield batch
