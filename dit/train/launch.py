@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -13,6 +12,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import torch
+import torch.distributed as dist
 
 from dit.data.unheard import unheard
 from dit.train.preemption import ECHO_SECONDS, EXIT_CODES, leave_at_once
@@ -37,8 +39,10 @@ def launch(work: Callable[[Any], int], argument: Any, num_processes: int) -> int
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dit.train.preload"])
+    # They meet in this process, as at torchrun's agent: a port that is merely free may be taken before they use it.
+    meeting = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {**os.environ, "WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meeting.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     environments = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
     processes = [context.Process(target=_begin, args=(env, work, argument)) for env in environments]
 
@@ -112,8 +116,6 @@ def _is_stopped(process: BaseProcess) -> bool:
 
 def _begin(environment: dict[str, str], work: Callable[[Any], int], argument: Any) -> None:
     """In the new process."""
-    import torch
-
     os.environ.clear()
     os.environ |= environment
     leave_at_once()
@@ -134,10 +136,3 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
-
-
-def _free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port: int = listening.getsockname()[1]
-        return port
