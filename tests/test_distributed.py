@@ -236,7 +236,14 @@ def command(cfg, *launcher, **env):
     keys += [f"trainer.{key}" for key in ("batch_size", "log_every_steps", "max_steps", "precision", "lanes")]
     keys += [f"trainer.{key}" for key in ("devices", "accelerator", "checkpoint_every_steps")]
     overrides = [f"{key}={OmegaConf.select(cfg, key)}" for key in keys] + [f"trainer={cfg.trainer.strategy}"]
-    fixed = ["experiment=digits", "metric=none", "logger=none", "model.depth=1", "model.num_heads=2"]
+    fixed = [
+        "experiment=digits",
+        "metric=none",
+        "logger=none",
+        "learning_rate=constant",
+        "model.depth=1",
+        "model.num_heads=2",
+    ]
     return subprocess.Popen(
         [*(launcher or [sys.executable]), "-m", "dit", "train", *fixed, *overrides],
         stdout=subprocess.PIPE,
