@@ -113,10 +113,11 @@ class Judge:
 
         if told := next((pulse.verdict for pulse in pulses.values() if pulse.verdict), ""):
             return told
-        if silent := self.gone(self.timeout_seconds):
+        stands = self._still >= self.timeout_seconds * (FIRST_STEP if any(p.first for p in there.values()) else 1)
+        if silent := self.gone(self.timeout_seconds * (0.9 if stands else 1)):  # who is silent has not got on, either
             for_long = f"{self.timeout_seconds:g} s"
             return f"{_named(silent, pulses)} {'has' if len(silent) == 1 else 'have'} not answered for {for_long}"
-        if self._still >= self.timeout_seconds * (FIRST_STEP if any(p.first for p in there.values()) else 1):
+        if stands:
             behind = min(pulse.place for pulse in there.values())
             late = [rank for rank, pulse in there.items() if pulse.place == behind]
             if len(late) == len(pulses) > 1:
