@@ -45,8 +45,17 @@ BASES = {"model=dit", "model=unet", "model=jit", "model=lightning_dit", "trainer
 def test_every_option_of_every_group_composes(choice):
     more = {f"data={name}": ["data.path=x"] for name in ("shards", "latents", "webdataset")}
     more["guidance=autoguidance"] = ["guidance.weak.run=x"]
+    more["learning_rate=stages"] = more["ema=before"] = ["objective=progressive", "objective.teacher.run=x"]
     if choice.startswith("init=") and choice != "init=none":
         more[choice] = ["init.path=x"]
+    if choice.removeprefix("objective=") in (
+        "consistency",
+        "continuous_consistency",
+        "meanflow",
+        "progressive",
+        "shortcut",
+    ):
+        more[choice] = ["objective.teacher.run=x"]
     compose("train", ["experiment=digits", choice, *more.get(choice, [])])
 
 

@@ -24,7 +24,7 @@ def test_the_first_screen_has_the_two_commands():
 def test_the_commands_compose(command, tmp_path, monkeypatch):
     _, verb, *words = shlex.split(command)
     module = importlib.import_module(f"dit.command.{verb}")
-    for run in ("digits", "digits_text", "digits_superres", "digits_inpaint", "digits_latent"):
+    for run in ("digits", "digits_text", "digits_superres", "digits_inpaint", "digits_latent", "digits_consistency"):
         (tmp_path / "runs" / run).mkdir(parents=True)
         cfg = compose("train", [f"experiment={run}"])
         OmegaConf.save(cfg, tmp_path / "runs" / run / "config.yaml", resolve=True)

@@ -46,10 +46,10 @@ def main() -> None:
         print(f"| `{name}` | " + " | ".join(_figure(summary, column) for column in columns) + " |")
 
 
-def trained(overrides: list[str], options: argparse.Namespace) -> dict[str, float]:
-    """The summary of a run, which is trained first if it is not yet."""
+def trained(overrides: list[str], options: argparse.Namespace, run: str | None = None) -> dict[str, float]:
+    """The summary of a run, which is trained first if it is not yet; its name says what it is, unless given."""
     words = [override.removeprefix("experiment=") for override in [*overrides, *options.overrides]]
-    run = re.sub(r"[^\w.-]", "_", "-".join(["table", *words]))
+    run = run or re.sub(r"[^\w.-]", "_", "-".join(["table", *words]))
     folder = options.runs_dir / run
     command = [sys.executable, "-m", "dit", "train", f"run={run}", f"runs_dir={options.runs_dir}"]
     command += [f"data_dir={options.data_dir}", *overrides, *options.overrides]

@@ -31,6 +31,8 @@ OmegaConf.register_new_resolver("divide", lambda a, b: a // b, replace=True)
 
 MOST = 10**15  # no count is larger
 NULLABLE = (
+    "objective.huber",
+    "objective.clip",
     "trainer.max_grad_norm",
     "guard.spike_deviations",
     "trainer.timeout_seconds",

@@ -51,7 +51,45 @@ def train_classifier(
     return classifier.eval()
 
 
-@torch.no_grad()
+class Judge:
+    """A classifier trained on the real images with its own seed, and what it sees in others.
+
+    Args:
+        train: images and labels for training it and as the reference.
+        held_out: the same, kept from training.
+        seed: of the classifier.
+    """
+
+    def __init__(self, train: Samples, held_out: Samples, seed: int = 1):
+        self.train, self.held_out = train, held_out
+        images, labels = train["image"], train["label"]
+        self.num_classes = int(labels.max()) + 1
+        with torch.enable_grad():
+            self.classifier = train_classifier(images, labels, self.num_classes, seed=seed)
+        self.reference = self.features(images)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """Images, uint8 (N, C, H, W) -> (N, D)."""
+        features: Tensor = self.classifier.features(to_float(images))
+        return features
+
+    def frechet(self, images: Tensor) -> float:
+        """The Frechet distance of images to the training images, in features."""
+        return frechet_distance(self.features(images), self.reference)
+
+    def figures(self, drawn: Tensor, asked: Tensor) -> dict[str, float]:
+        """What is seen in samples, uint8 (N, C, H, W), of the classes (N,) asked for; see `judge`."""
+        train, held_out = self.train, self.held_out
+        spread = _within_class_variance(self.reference, train["label"])
+        return {
+            "accuracy": _accuracy(self.classifier, drawn, asked),
+            "diversity": _within_class_variance(self.features(drawn), asked) / spread,
+            "frechet": self.frechet(drawn),
+            "nearest": _median_nearest(drawn, train["image"]) / _median_nearest(held_out["image"], train["image"]),
+        }
+
+
 def judge(
     subject: Subject,
     train: Samples,
@@ -79,24 +117,15 @@ def judge(
             much less than 1 is memorising.
         `judge_accuracy`: the judge's own accuracy on the held-out images.
     """
-    images, labels = train["image"], train["label"]
-    num_classes = int(labels.max()) + 1
-    with torch.enable_grad():
-        classifier = train_classifier(images, labels, num_classes, seed=seed)
-    asked = torch.arange(num_images) % num_classes
+    one = Judge(train, held_out, seed)
+    asked = torch.arange(num_images) % one.num_classes
     drawn = subject.draw(rows(held_out, _in_turn(held_out["label"], asked)))
     noise = torch.randint(0, 256, drawn.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-
-    reference = classifier.features(to_float(images))
-    features = classifier.features(to_float(drawn))
     return {
-        "accuracy": _accuracy(classifier, drawn, asked),
-        "diversity": _within_class_variance(features, asked) / _within_class_variance(reference, labels),
-        "frechet": frechet_distance(features, reference),
-        "frechet_floor": frechet_distance(classifier.features(to_float(held_out["image"])), reference),
-        "frechet_noise": frechet_distance(classifier.features(to_float(noise)), reference),
-        "nearest": _median_nearest(drawn, images) / _median_nearest(held_out["image"], images),
-        "judge_accuracy": _accuracy(classifier, held_out["image"], held_out["label"]),
+        **one.figures(drawn, asked),
+        "frechet_floor": one.frechet(held_out["image"]),
+        "frechet_noise": one.frechet(noise),
+        "judge_accuracy": _accuracy(one.classifier, held_out["image"], held_out["label"]),
     }
 
 
@@ -124,6 +153,7 @@ def to_float(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
+@torch.no_grad()
 def _accuracy(classifier: Classifier, images: Tensor, labels: Tensor) -> float:
     return (classifier(to_float(images)).argmax(1) == labels).float().mean().item()
 

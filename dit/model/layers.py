@@ -74,10 +74,10 @@ def beside(x: Tensor, image: Tensor | None, channels: int) -> Tensor:
 
 
 def sinusoid(t: Tensor, dim: int, max_period: float = 10_000) -> Tensor:
-    """[cos(t w_i), sin(t w_i)], w_i = max_period^(-i / (dim / 2)), in float32: (B,) -> (B, dim)."""
-    half = dim // 2
-    frequencies = torch.exp(-math.log(max_period) / half * torch.arange(half, dtype=torch.float32, device=t.device))
-    angles = t[:, None].float() * frequencies
+    """[cos(t w_i), sin(t w_i)], w_i = max_period^(-i / (dim / 2)), in float32 or better: (B,) -> (B, dim)."""
+    half, exact = dim // 2, torch.promote_types(t.dtype, torch.float32)
+    frequencies = torch.exp(-math.log(max_period) / half * torch.arange(half, dtype=exact, device=t.device))
+    angles = t[:, None].to(exact) * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 

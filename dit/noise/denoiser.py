@@ -19,9 +19,11 @@ class Output(NamedTuple):
 class Denoiser(nn.Module):
     """The only owner of the schedule: F(c_in x_t, c_noise) = a x0 + b eps, solved for (x0, eps).
 
+    A flow map is told where it will land, at s <= t, and its (x0, eps) are those with which one step lands there.
+
     Args:
         network: `network(x, time, **cond)`, x (B, C, H, W), time (B,), to (B, C, H, W), or (B, 2C, H, W) where the
-            second half is a learned variance.
+            second half is a learned variance. One whose `lands` is true is told `gap`, (t - s) / t_max, (B,), too.
         schedule: t -> (alpha, sigma).
         prediction: (schedule, t) -> (a, b).
 
@@ -45,12 +47,14 @@ class Denoiser(nn.Module):
                 f"noise.t_max={0.999 * schedule.t_max:.4g}, where the schedule has it"
             )
 
-    def output(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Output:
-        """The network's output; objectives regress its F. t is (B,) or ()."""
+    def output(self, x_t: Tensor, t: Tensor, s: Tensor | None = None, **cond: Tensor) -> Output:
+        """The network's output; objectives regress its F. t and s are (B,) or (); without s, at t."""
         batch, channels = x_t.shape[:2]
         scale = self.schedule.input_scale(t).to(x_t)
         exact = torch.promote_types(x_t.dtype, torch.float32)  # bfloat16 does not tell 999 from 1000
         time = self.schedule.time_input(t).to(x_t.device, exact).expand(batch)
+        if getattr(self.network, "lands", False) and s is not None:
+            cond["gap"] = ((t - s) / self.schedule.t_max).to(x_t.device, exact).expand(batch)
         f: Tensor = self.network(expand_like(scale, x_t) * x_t, time, **cond).to(x_t.dtype)
         return Output(f[:, :channels], f[:, channels:] if f.shape[1] == 2 * channels else None)
 
@@ -63,11 +67,11 @@ class Denoiser(nn.Module):
             output.f,
             x_t,
         )
-        return Estimate(x0, eps, output.variance)
+        return Estimate(x0.to(x_t.dtype), eps.to(x_t.dtype), output.variance)  # t may be more exact
 
-    def forward(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Estimate:
-        """The estimate of (x0, eps), which samplers read; t is (B,) or ()."""
-        return self.estimate(self.output(x_t, t, **cond), x_t, t)
+    def forward(self, x_t: Tensor, t: Tensor, s: Tensor | None = None, **cond: Tensor) -> Estimate:
+        """The estimate of (x0, eps), which samplers read; t and s are (B,) or (); without s, at t."""
+        return self.estimate(self.output(x_t, t, s, **cond), x_t, t)
 
 
 def expand_like(t: Tensor, x: Tensor) -> Tensor:

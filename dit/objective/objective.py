@@ -1,7 +1,8 @@
 """The interface of a training objective."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ class Batch(NamedTuple):
     x0: Tensor  # (B, C, H, W)
     cond: dict[str, Tensor]  # the network's keyword arguments, each (B, ...)
     draw: Draw  # the step's random numbers
+    # A profile of the moving average -> for the length of a `with`, the network has its weights; None: its own.
+    lent: Callable[[str | None], AbstractContextManager[Any]] = nullcontext
 
 
 class Objective(nn.Module, ABC):
@@ -30,6 +33,11 @@ class Objective(nn.Module, ABC):
         What else the objective learns shares the optimizer of the denoiser, which is the network named `denoiser`.
         """
         return {}
+
+    @property
+    def profiles(self) -> tuple[str, ...]:
+        """The profiles of the moving average that it borrows, through `Batch.lent`, before it calls for a gradient."""
+        return ()
 
     def check(self, denoiser: Any) -> None:
         """Refuse, before anything is trained, a denoiser that cannot be trained so.

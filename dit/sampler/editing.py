@@ -13,7 +13,7 @@ from dit.noise.grid import pairs
 from dit.noise.prediction import Estimate
 from dit.noise.schedule import Schedule
 
-Denoise = Callable[[Tensor, Tensor], Estimate]
+Denoise = Callable[..., Estimate]  # (x_t, t), of a flow map (x_t, t, s)
 
 
 def edited(
@@ -71,8 +71,8 @@ def edited(
 def keeping(denoise: Denoise, schedule: Schedule, x0: Tensor, mask: Tensor) -> Denoise:
     """A denoiser that knows x0 (B or none, C, H, W) where the mask (H, W) is false, whatever is asked."""
 
-    def estimate(x_t: Tensor, t: Tensor) -> Estimate:
-        said = denoise(x_t, t)
+    def estimate(x_t: Tensor, t: Tensor, *s: Tensor) -> Estimate:
+        said = denoise(x_t, t, *s)
         alpha, sigma = (expand_like(c, x_t) for c in schedule(t))
         kept = torch.where(mask, said.x0, x0)
         return Estimate(kept, torch.where(mask, said.eps, (x_t - alpha * kept) / sigma), said.variance)

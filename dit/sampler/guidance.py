@@ -65,17 +65,17 @@ class Guidance(ABC):
         self.dynamic_clip = dynamic_clip
 
     @abstractmethod
-    def pair(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> tuple[Estimate, Estimate]:
+    def pair(self, x_t: Tensor, t: Tensor, s: Tensor | None, cond: Mapping[str, Tensor]) -> tuple[Estimate, Estimate]:
         """The estimate of the denoiser, and the worse one."""
 
-    def __call__(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Estimate:
+    def __call__(self, x_t: Tensor, t: Tensor, s: Tensor | None = None, **cond: Tensor) -> Estimate:
         """The guided estimate of (x0, eps)."""
         first, last = self.interval or (0.0, math.inf)
         inside = (first <= t) & (t <= last)
         if self.scale == 1 or not inside.any():
-            estimate = self.denoiser(x_t, t, **cond)
+            estimate = self.denoiser(x_t, t, s, **cond)
         else:
-            told, worse = self.pair(x_t, t, cond)
+            told, worse = self.pair(x_t, t, s, cond)
             scale = expand_like((1 + (self.scale - 1) * inside.double()).to(x_t.dtype), x_t)
             x0, eps = (b + scale * (a - b) for a, b in ((told.x0, worse.x0), (told.eps, worse.eps)))
             estimate = Estimate(x0, eps, told.variance)
@@ -120,11 +120,12 @@ class ClassifierFree(Guidance):
             null({})
         self.channels = channels
 
-    def pair(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> tuple[Estimate, Estimate]:
+    def pair(self, x_t: Tensor, t: Tensor, s: Tensor | None, cond: Mapping[str, Tensor]) -> tuple[Estimate, Estimate]:
         """What it says when it is told, and when not."""
         null = self.null(cond)
         both = {name: torch.cat([value, null[name]]) for name, value in cond.items()}
-        doubled = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]) if t.ndim else t, **both)
+        twice = (torch.cat([time, time]) if time is not None and time.ndim else time for time in (t, s))
+        doubled = self.denoiser(torch.cat([x_t, x_t]), *twice, **both)
         told, nothing = (_half(doubled, part, len(x_t)) for part in (0, 1))
         if self.channels is not None:
             for ours, theirs in ((nothing.x0, told.x0), (nothing.eps, told.eps)):
@@ -153,9 +154,9 @@ class Autoguidance(Guidance):
                 raise ValueError("guidance.weak has another schedule: its run must have had the same noise")
         self.weak = weak.eval()
 
-    def pair(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> tuple[Estimate, Estimate]:
+    def pair(self, x_t: Tensor, t: Tensor, s: Tensor | None, cond: Mapping[str, Tensor]) -> tuple[Estimate, Estimate]:
         """What the denoiser says, and what the weaker one."""
-        return self.denoiser(x_t, t, **cond), self.weak.to(x_t.device)(x_t, t, **cond)
+        return self.denoiser(x_t, t, s, **cond), self.weak.to(x_t.device)(x_t, t, s, **cond)
 
 
 def _std(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from dit.noise.grid import pairs
 from dit.noise.prediction import Estimate
 from dit.noise.schedule import Schedule
+from dit.noise.step import mean, step
 
 MOST_CHURN = math.sqrt(2) - 1
 
@@ -57,18 +58,12 @@ def sample(
             "must not be negative"
         )
     for t, s in pairs(times):
-        now, following = schedule(t), schedule(s)
+        now = schedule(t)
         if churn > 0 and now.alpha > 0 and churn_min <= now.sigma / now.alpha <= churn_max:
             x, t = _noisier(schedule, x, t, churn, churn_noise, generator)
-            now = schedule(t)
-        c_t, c_s = schedule.straight(t), schedule.straight(s)
-        d_alpha, d_sigma = following.alpha - now.alpha * c_s / c_t, following.sigma - now.sigma * c_s / c_t
-        x0, eps, _ = denoise(x, t)
-        predicted = c_s / c_t * x + d_alpha * x0 + d_sigma * eps
-        if s > 0:
-            x0_s, eps_s, _ = denoise(predicted, s)
-            predicted = c_s / c_t * x + d_alpha * (x0 + x0_s) / 2 + d_sigma * (eps + eps_s) / 2
-        x = predicted
+        estimate = denoise(x, t)
+        predicted = step(schedule, x, t, s, estimate)
+        x = step(schedule, x, t, s, mean(estimate, denoise(predicted, s))) if s > 0 else predicted
     return x
 
 

@@ -85,7 +85,7 @@ class Pipeline:
             x = draw.normal("x", self.latent.shape) if noise is None else noise[first : first + len(lanes)]
             x = schedule(self.times[0]).sigma * x
             z = self.sampler(
-                lambda x_t, t, cond=cond: guided(x_t, t, **cond),
+                lambda x_t, t, s=None, cond=cond: guided(x_t, t, s, **cond),
                 schedule,
                 x,
                 self.times,

@@ -54,7 +54,7 @@ class Parts:
         self._guidance(denoiser, self.condition.null)
         times = self.grid(self.schedule)
         learned = torch.zeros(1, 1) if getattr(denoiser.network, "learn_sigma", False) else None
-        self._sampler(lambda x, t: Estimate(x, x, learned), self.schedule, torch.zeros(1, 1), times[-3:])
+        self._sampler(lambda x, t, s=None: Estimate(x, x, learned), self.schedule, torch.zeros(1, 1), times[-3:])
         self._check_drawn()
         self._check_told()
 

@@ -39,6 +39,12 @@ def checked(cfg: DictConfig, layout: Layout) -> Checked:
     data, parts, objective, strategy = build(cfg.data), parts_of(cfg), build(cfg.objective), strategy_of(options)
     denoiser = parts.denoiser("meta")
     objective.check(denoiser)
+    for name in objective.profiles:
+        if name not in (there := cfg.ema.profiles):
+            raise ValueError(
+                f"the objective borrows the weights of ema.profiles.{name}, but there are {', '.join(there)}: take the "
+                "ema= that conf/objective names for it, or leave the target to the network's own weights"
+            )
     strategy.check(options, denoiser, objective)
     strategy.arrange(denoiser.network, options)
     build(cfg.learning_rate)(0)

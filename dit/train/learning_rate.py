@@ -8,6 +8,12 @@ def constant(step: int, *, warmup_steps: int = 0) -> float:
     return min(1.0, (step + 1) / (warmup_steps + 1))
 
 
+def stages(step: int, *, max_steps: int, num_stages: int, warmup_steps: int = 0) -> float:
+    """In each of num_stages equal stages a linear fall from 1 to 0 (arXiv:2202.00512), the first after a rise."""
+    progress = step * num_stages % max_steps / max_steps
+    return constant(step, warmup_steps=warmup_steps) * (1 - progress)
+
+
 def cosine(step: int, *, max_steps: int, warmup_steps: int = 0) -> float:
     """A linear rise over the first warmup_steps steps, then half a cosine down to 0 at max_steps.
 

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -168,4 +169,8 @@ class DiffusionModule(LightningModule):
             else:
                 z = draw.apply("latent", self.latent.encode, told["image"].float() / 127.5 - 1)
             cond = self.condition(self.condition.asked(told, draw), draw, self.latent.encode)
-            yield Batch(z, self.condition.augment(cond, draw), draw)
+            yield Batch(z, self.condition.augment(cond, draw), draw, self._lent)
+
+    def _lent(self, profile: str | None) -> AbstractContextManager[None]:
+        """For the length of a `with`, the network has the weights of an average; None: its own."""
+        return nullcontext() if profile is None else self.strategy.lent(self, profile)

@@ -186,9 +186,9 @@ class Strategy:
         return dict(network.named_parameters())
 
     @contextmanager
-    def lent(self, module: Any) -> Iterator[None]:
-        """For the length of a `with`, the module's network has the averaged weights."""
-        with module.ema.applied():
+    def lent(self, module: Any, profile: str | None = None) -> Iterator[None]:
+        """For the length of a `with`, the module's network has averaged weights, by default of the first profile."""
+        with module.ema.applied(profile):
             yield
 
     def saved(self, module: Any, averages_only: bool = False) -> dict[str, dict[str, Tensor]]:

@@ -1,5 +1,7 @@
 """What a run has learned: its parts and its weights."""
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -7,6 +9,8 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from dit.noise.denoiser import Denoiser
+from dit.objective.teacher import Teacher
+from dit.sampler.guidance import ClassifierFree
 from dit.train import checkpoint, saved
 from dit.train.build import Parts
 from dit.train.kind import check_denoiser
@@ -103,6 +107,58 @@ def reconstructed(folder: Path, std: float, step: int | None = None) -> Reconstr
     average = reconstruct(zip(found.coefficients, loaded, strict=True))
     rest = checkpoint.load_weights(newest(folder), "model")  # what is not averaged
     return Reconstructed(rest | average, step, len(kept), found.misfit)
+
+
+def initial(path: str, weights: str = "ema") -> dict[str, Tensor]:
+    """The weights of a run, for another to begin with: what conf/init/run.yaml names.
+
+    Args:
+        path: the run's folder.
+        weights: the name of an average, or `model` for the raw weights.
+
+    Raises:
+        ValueError: if there is no such run, checkpoint or average.
+    """
+    folder = Path(path)
+    check_denoiser(saved.config(folder))
+    return weights_of(newest(folder), weights)
+
+
+def teacher(
+    run: str,
+    runs_dir: str = "runs",
+    weights: str = "ema",
+    step: int | None = None,
+    needs: Mapping[str, Any] | None = None,
+    solver: str = "heun",
+    num_substeps: int = 1,
+    **guidance: Any,
+) -> Teacher:
+    """A run by its name, guided, for a student to follow.
+
+    Args:
+        run: its name.
+        runs_dir: the folder of runs.
+        weights: the name of an average, or `model` for the raw weights.
+        step: of the checkpoint; None: the newest.
+        needs: what the student has of the configuration, by dotted keys, and the teacher must have, too.
+        solver: of its trajectories, see `Teacher`.
+        num_substeps: the same.
+        **guidance: of `ClassifierFree`: scale, 1 is none, interval and so on.
+
+    Raises:
+        ValueError: if there is no such run or checkpoint, or the student is of another kind.
+    """
+    folder = Path(runs_dir) / run
+    cfg = saved.config(folder)
+    for key, ours in (needs or {}).items():
+        if (theirs := OmegaConf.select(cfg, key)) != ours:
+            raise ValueError(
+                f"objective.teacher.run={run} was trained with {key}={theirs}, but this run has {ours}: a student is "
+                "told and draws what its teacher is; take the same, or another teacher"
+            )
+    guided = partial(ClassifierFree, null=Parts(cfg).condition.null, **guidance)
+    return Teacher(denoiser(run, runs_dir, weights, step), guided, solver, num_substeps)
 
 
 def denoiser(run: str, runs_dir: str = "runs", weights: str = "ema", step: int | None = None) -> Denoiser:

@@ -140,14 +140,14 @@ class Zero(Strategy):
         setattr(zero, ask, asked)
 
     @contextmanager
-    def lent(self, module: Any) -> Iterator[None]:
+    def lent(self, module: Any, profile: str | None = None) -> Iterator[None]:
         """For the length of a `with`, the network has the averaged weights, also where parameters stay gathered."""
         if self.stage < 3:
-            with super().lent(module):
+            with super().lent(module, profile):
                 yield
             return
         self._engine.empty_partition_cache()
-        with super().lent(module):
+        with super().lent(module, profile):
             try:
                 yield
             finally:

@@ -255,7 +255,7 @@ def fitted(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]
     """The weights as a network needs them, for `load_state_dict`.
 
     A table of positions of another resolution is interpolated, one that is not there is the fixed one; a learned
-    variance is dropped where the network has none.
+    variance is dropped where the network has none; a network that is told where it lands does not heed it at first.
 
     Args:
         state: a state dict with our names, which stays as it is.
@@ -277,6 +277,9 @@ def fitted(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]
         new.setdefault("pos_embed", sincos_positions(width, round(tokens**0.5)))
         if new["pos_embed"].shape[::2] == (1, width):
             new["pos_embed"] = interpolated(new["pos_embed"], round(tokens**0.5))
+    for name, value in needed.items():
+        if name.startswith("gap_embedder.") and name not in new:
+            new[name] = _unheeded(name, value)
     learn_sigma, channels = getattr(network, "learn_sigma", None), getattr(network, "out_channels", 0)
     for name in OUTPUTS:
         if learn_sigma is None or name not in new or name not in needed:
@@ -320,6 +323,13 @@ def _part(state: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in state:
         raise ValueError(f"the weights have no {name}, they are of another network: choose another option of init")
     return state[name]
+
+
+def _unheeded(name: str, like: Tensor) -> Tensor:
+    """A tensor of a new gap embedder, whose second layer is zero, and whose first must not be."""
+    if name != "gap_embedder.mlp.0.weight":
+        return torch.zeros(like.shape)
+    return 0.02 * torch.randn(like.shape, generator=torch.Generator().manual_seed(0))
 
 
 def _time_reversed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -46,6 +46,17 @@ def power(std: float) -> Profile:
     return lambda step: (1 - 1 / step) ** (gamma + 1)
 
 
+def held(every_steps: int) -> Profile:
+    """The weights as they were after the newest step that is a multiple of every_steps, and before it as they began.
+
+    Raises:
+        ValueError: if that is less than 1.
+    """
+    if every_steps < 1:
+        raise ValueError(f"ema: held every_steps={every_steps} must be at least 1")
+    return lambda step: float(step % every_steps != 0)
+
+
 def exponent(std: float) -> float:
     """The gamma of i^gamma with a relative standard deviation std (arXiv:2312.02696, algorithm 2).
 
@@ -103,10 +114,14 @@ class EMA:
         """
         weights = None
         for profile, keeps in self.profiles.items():
+            if keeps(step) == 1:
+                continue
             averages = _local(self.averages[profile])
-            if applied is None or not (applied.is_cuda and all(average.is_cuda for average in averages)):
+            if keeps(step) == 0:  # taken or not
+                torch._foreach_copy_(averages, _local(self.parameters))
+            elif applied is None or not (applied.is_cuda and all(average.is_cuda for average in averages)):
                 if applied is not None and not applied:
-                    return
+                    continue
                 weights = weights or _fetched(_local(self.parameters), averages)
                 torch._foreach_lerp_(averages, weights, 1 - keeps(step))
             else:  # lerp wants its weight on the CPU

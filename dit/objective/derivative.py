@@ -1,0 +1,41 @@
+"""The derivative of a network along a direction, without a gradient: exact, or by differences."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Derivative = Callable[[Callable[..., Tensor], Sequence[Tensor], Sequence[Tensor]], Tensor]
+
+
+@torch.no_grad()
+def jvp(function: Callable[..., Tensor], at: Sequence[Tensor], along: Sequence[Tensor]) -> Tensor:
+    """D f(at + h along) / dh at h = 0, by forward-mode differentiation.
+
+    Attention is computed by plain matrix products meanwhile, as faster kernels have no forward derivative.
+    """
+    with sdpa_kernel(SDPBackend.MATH):
+        derivative: Tensor = torch.func.jvp(function, tuple(at), tuple(along))[1]
+    return derivative
+
+
+@torch.no_grad()
+def central(
+    function: Callable[..., Tensor], at: Sequence[Tensor], along: Sequence[Tensor], *, h: float = 5e-3
+) -> Tensor:
+    """(f(at + h along) - f(at - h along)) / (2 h): two plain passes, with any attention, sharding and compiler.
+
+    Args:
+        function: tensors -> tensor.
+        at: its arguments.
+        along: the direction, of the same shapes.
+        h: in bfloat16 no less than 5e-3.
+
+    Raises:
+        ValueError: if h is not positive.
+    """
+    if not h > 0:
+        raise ValueError(f"objective.derivative.h={h} must be positive, like 5e-3")
+    ahead, behind = (function(*(x + sign * h * d for x, d in zip(at, along, strict=True))) for sign in (1, -1))
+    return (ahead - behind) / (2 * h)

@@ -1,0 +1,479 @@
+"""Few-step students: their targets are exact where the whole trajectory is known, and nothing else is trained."""
+
+import itertools
+from functools import partial
+
+import pytest
+import torch
+from exact import SCHEDULES
+from test_sampler import PREDICTIONS, tiny_denoiser
+from torch import nn
+
+from dit.noise import prediction, weight
+from dit.noise.denoiser import Denoiser, expand_like
+from dit.noise.draw import Draw
+from dit.noise.edm import EDM
+from dit.noise.flow import Flow
+from dit.noise.grid import evenly, karras
+from dit.noise.matched import Matched
+from dit.noise.prediction import Estimate
+from dit.noise.step import secant, step
+from dit.noise.times import uniform
+from dit.noise.trigonometric import Trigonometric
+from dit.noise.vp import cosine, linear
+from dit.objective.consistency import Consistency, doubling, fixed, shrinking
+from dit.objective.continuous import ContinuousConsistency
+from dit.objective.derivative import central, jvp
+from dit.objective.meanflow import MeanFlow
+from dit.objective.objective import Batch
+from dit.objective.progressive import Progressive
+from dit.objective.shortcut import Shortcut
+from dit.objective.teacher import Teacher
+from dit.sampler import consistency, flow_map, heun
+
+MEAN, STD = 0.3, 0.5  # of the Gaussian data
+
+
+class Gaussian(nn.Module):
+    """The exact denoiser of N(MEAN, STD^2) data, and the exact flow map of its trajectories."""
+
+    def __init__(self, schedule):
+        super().__init__()
+        self.schedule = schedule
+
+    def forward(self, x_t, t, **cond):
+        alpha, sigma = (expand_like(c, x_t) for c in self.schedule(t))
+        x0 = MEAN + alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * (x_t - alpha * MEAN)
+        return Estimate(x0, (x_t - alpha * x0) / sigma)
+
+    def end(self, x_t, t, s):
+        """Where the trajectory through x_t is at s."""
+        (alpha, sigma), (alpha_s, sigma_s) = ([expand_like(c, x_t) for c in self.schedule(time)] for time in (t, s))
+        std_t, std_s = ((a**2 * STD**2 + b**2).sqrt() for a, b in ((alpha, sigma), (alpha_s, sigma_s)))
+        return alpha_s * MEAN + std_s / std_t * (x_t - alpha * MEAN)
+
+
+class Student(nn.Module):
+    """One that says exactly the end of the trajectory, up to `wrong`."""
+
+    def __init__(self, schedule, wrong=0.0):
+        super().__init__()
+        self.schedule, self.prediction = schedule, prediction.x0
+        self.exact, self.wrong = Gaussian(schedule), wrong
+
+    def forward(self, x_t, t, **cond):
+        x0 = self.exact.end(x_t, t, torch.zeros_like(t)) + self.wrong * t.reshape(-1, 1, 1, 1)
+        alpha, sigma = (expand_like(c, x_t) for c in self.schedule(t))
+        return Estimate(x0, (x_t - alpha * x0) / sigma)
+
+
+class Exact(Teacher):
+    """A teacher whose steps have no error."""
+
+    def __init__(self, schedule):
+        self.gaussian = Gaussian(schedule)
+
+    def step(self, schedule, x_t, t, s, cond):
+        return self.gaussian.end(x_t, t, s)
+
+
+class Net(nn.Module):
+    """A network of a schedule that says its F of the Gaussian exactly."""
+
+    def __init__(self, schedule, predicted):
+        super().__init__()
+        self.schedule, self.predicted, self.exact = schedule, predicted, Gaussian(schedule)
+
+    def forward(self, x, time, **cond):
+        t = self.time_of_input(time)
+        scale = expand_like(self.schedule.input_scale(t), x)
+        a, b = (expand_like(c, x) for c in self.predicted(self.schedule, t))
+        said = self.exact(x / scale, t)
+        return a * said.x0 + b * said.eps
+
+    def time_of_input(self, time):
+        """By search, as what a network is told rises with t."""
+        low, high = torch.zeros_like(time), torch.full_like(time, self.schedule.t_max)
+        for _ in range(60):
+            middle = (low + high) / 2
+            late = self.schedule.time_input(middle) > time
+            low, high = torch.where(late, low, middle), torch.where(late, middle, high)
+        return low
+
+
+def gaussian(schedule, predicted):
+    """The Gaussian's denoiser, as one of a network; in float64."""
+    return Denoiser(Net(schedule, PREDICTIONS[predicted]), schedule, PREDICTIONS[predicted])
+
+
+def batch(size=64, seed=0, dtype=torch.float64, lent=None):
+    x0 = MEAN + STD * torch.randn(size, 1, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    more = {} if lent is None else {"lent": lent}
+    return Batch(x0, {"label": torch.arange(size) % 3}, Draw(seed, 0, range(4), size), **more)
+
+
+def alike(schedule, t):
+    """The weight of errors of x0 that count alike."""
+    return torch.ones_like(t)
+
+
+def loss_of(objective, denoiser, batch, at=0):
+    [(name, loss)] = objective.phases(denoiser, batch, at)
+    assert name == "denoiser"
+    return loss
+
+
+INTERVALS = {
+    "fixed": partial(fixed, grid=evenly, num_steps=8),
+    "doubling": partial(doubling, grid=evenly, first=2, last=16),
+    "shrinking": partial(shrinking, times=uniform, stages=4),
+}
+
+
+@pytest.mark.parametrize("predicted", ["eps", "v", "edm"])
+@pytest.mark.parametrize("of", [name for name in SCHEDULES if name not in ("zero_terminal_snr", "trigonometric")])
+@pytest.mark.parametrize("to", ["flow", "trigonometric", "edm", "cosine"])
+def test_a_denoiser_on_another_path_says_the_same(of, to, predicted):
+    of, to = SCHEDULES[of][0], SCHEDULES[to][0]
+    if of.t_max == 1 and predicted == "eps" and isinstance(of, Flow):
+        of = Flow(t_max=0.999)
+    x0, eps = torch.randn(2, 5, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t = torch.linspace(0.1, 0.9, 5, dtype=torch.float64) * min(to.t_max, 3.0)
+    alpha, sigma = (expand_like(c, x0) for c in to(t))
+    x_t = alpha * x0 + sigma * eps
+    ours = Teacher(gaussian(of, predicted)).on(to)(x_t, t)
+    native = Gaussian(to)(x_t, t)
+    torch.testing.assert_close(ours.x0, native.x0, atol=1e-8, rtol=1e-8)
+    torch.testing.assert_close(ours.eps, native.eps, atol=1e-7, rtol=1e-7)
+
+
+def test_more_noise_than_the_teacher_knows_is_explained():
+    t = torch.ones(5, dtype=torch.float64)
+    x_t = torch.randn(5, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    said = Teacher(gaussian(linear(), "eps")).on(Flow())(x_t, t)
+    torch.testing.assert_close(said.eps, x_t)
+    assert said.x0.isfinite().all() and (said.x0 - MEAN).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("of", ["linear", "cosine", "edm", "sigmoid_betas"])
+def test_the_matching_time_has_a_derivative(of):
+    schedule = Matched(Flow(), SCHEDULES[of][0])
+    t = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
+    rate = torch.func.jvp(schedule.there, (t,), (torch.ones_like(t),))[1]
+    difference = (schedule.there(t + 1e-5) - schedule.there(t - 1e-5)) / 2e-5
+    torch.testing.assert_close(rate, difference, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_secant_is_the_step_that_lands(name):
+    schedule = SCHEDULES[name][0]
+    x_t, x_s = torch.randn(2, 5, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t = torch.linspace(0.3, 1, 5, dtype=torch.float64) * schedule.t_max
+    for s in (t / 2, torch.zeros_like(t)):
+        landed = step(schedule, x_t, t, s, secant(schedule, x_t, x_s, t, s))
+        torch.testing.assert_close(landed, x_s, atol=1e-8, rtol=1e-8)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_the_teachers_steps_converge_to_its_trajectory(solver):
+    """At the order of the solver, on a path that is not its own."""
+    teacher, schedule = Teacher(gaussian(EDM(), "edm"), solver=solver), Flow()
+    x = torch.randn(8, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    first, last = torch.full((8,), 0.8, dtype=torch.float64), torch.full((8,), 0.2, dtype=torch.float64)
+    errors = []
+    for num_steps in (10, 20):
+        x_t, times = x, torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
+        for a, b in itertools.pairwise(times):
+            x_t = teacher.step(schedule, x_t, torch.lerp(first, last, a), torch.lerp(first, last, b), {})
+        errors.append((x_t - Gaussian(schedule).end(x, first, last)).abs().max())
+    assert 0.8 * 2 ** (1 + (solver == "heun")) < errors[0] / errors[1] < 1.25 * 2 ** (1 + (solver == "heun"))
+
+
+@pytest.mark.parametrize("at", [0, 60, 99])
+@pytest.mark.parametrize("interval", INTERVALS)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_consistency_has_no_error_at_the_flow_map_and_one_beside_it(name, interval, at):
+    schedule = SCHEDULES[name][0]
+    objective = Consistency(INTERVALS[interval], alike, 100, Exact(schedule), huber=None)
+    assert loss_of(objective, Student(schedule), batch(), at) < 1e-16
+    assert loss_of(objective, Student(schedule, wrong=0.1), batch(), at) > 1e-7
+
+
+def test_without_a_teacher_consistency_is_that_of_the_same_noise():
+    """And denoising, while s is 0."""
+    schedule, given = Flow(), batch()
+    denoiser = tiny_denoiser(schedule, prediction.flow).double()
+    objective = Consistency(INTERVALS["shrinking"], alike, 100, huber=None)
+    t = uniform(schedule, given.draw.uniform("t")).double()
+    x_t = expand_like(1 - t, given.x0) * given.x0 + expand_like(t, given.x0) * given.draw.normal("eps", (1, 4, 4))
+    error = (denoiser(x_t, t, **given.cond).x0 - given.x0).square().mean()
+    torch.testing.assert_close(loss_of(objective, denoiser, given), error.float(), atol=0, rtol=1e-5)
+
+
+def test_the_pseudo_huber_distance_is_between_a_square_and_a_norm():
+    given, student = batch(), partial(Student, Flow())
+    square, huber, norm = (
+        loss_of(
+            Consistency(INTERVALS["shrinking"], alike, 100, Exact(Flow()), huber=huber), student(wrong=1.0), given, 60
+        )
+        for huber in (None, 1e3, 0.0)
+    )
+    torch.testing.assert_close(huber, square / 2e3, rtol=1e-3, atol=1e-4)
+    assert square < norm < square.sqrt()
+
+
+def test_targets_are_asked_of_the_borrowed_weights():
+    asked, denoiser = [], tiny_denoiser(Flow(), prediction.flow).double()
+
+    class Lent:
+        def __init__(self, profile):
+            asked.append(profile)
+
+        def __enter__(self):
+            self.before = {name: value.clone() for name, value in denoiser.state_dict().items()}
+            for p in denoiser.parameters():
+                p.data.mul_(0)
+
+        def __exit__(self, *_):
+            denoiser.load_state_dict(self.before)
+
+    objective = Consistency(INTERVALS["fixed"], alike, 100, Exact(Flow()), target="target", huber=None)
+    given = batch(lent=Lent)
+    assert objective.profiles == ("target",)
+    loss = loss_of(objective, denoiser, given)
+    assert asked == ["target"]
+    assert abs(loss - loss_of(objective, denoiser, batch())) > 1e-6
+    loss.backward()
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_progressive_has_no_error_where_two_steps_of_the_teacher_land(name):
+    """In its first stage its teacher's, later its own, of half the length."""
+    schedule = SCHEDULES[name][0]
+
+    class Halving(nn.Module):
+        """Says where two exact steps of a grid land; and at times between them, where one does."""
+
+        def __init__(self, num_steps, wrong=0.0):
+            super().__init__()
+            self.schedule, self.prediction, self.exact, self.wrong = schedule, prediction.x0, Gaussian(schedule), wrong
+            self.times = evenly(schedule, num_steps=num_steps)
+
+        def forward(self, x_t, t, **cond):
+            n = (t[:, None] - self.times).abs().argmin(1)
+            s = self.times[n + 1]
+            said = secant(schedule, x_t, self.exact.end(x_t, t, s), t, s)
+            return Estimate(said.x0 + self.wrong, said.eps)
+
+    plain = partial(weight.mean_square, prediction=prediction.v)
+    objective = Progressive(Exact(schedule), evenly, plain, num_stages=3, max_steps=30)
+    for at, num_steps in ((0, 4), (9, 4), (10, 2), (20, 1), (29, 1)):
+        given = batch()
+        if at < 10:
+            assert loss_of(objective, Halving(num_steps), given, at) < 1e-12
+            assert loss_of(objective, Halving(num_steps, wrong=0.1), given, at) > 1e-4
+            continue
+        student = Halving(num_steps)
+
+        class Before:
+            """The student as it was, which took twice as many steps."""
+
+            def __init__(self, profile):
+                assert profile == "before"
+
+            def __enter__(self):
+                student.times = evenly(schedule, num_steps=2 * num_steps)  # noqa: B023
+
+            def __exit__(self, *_):
+                student.times = evenly(schedule, num_steps=num_steps)  # noqa: B023
+
+        assert loss_of(objective, student, given._replace(lent=Before), at) < 1e-12
+
+
+@pytest.mark.parametrize("objective", ["consistency", "progressive"])
+def test_a_loss_reaches_the_student_alone(objective):
+    teacher = Teacher(tiny_denoiser(linear(), prediction.eps))
+    made = {
+        "consistency": lambda: Consistency(INTERVALS["fixed"], alike, 100, teacher),
+        "progressive": lambda: Progressive(
+            teacher, evenly, partial(weight.mean_square, prediction=prediction.flow), 2, 10
+        ),
+    }[objective]()
+    assert not list(made.parameters()) and not made.state_dict()
+    student = tiny_denoiser(Flow(), prediction.flow, seed=1)
+    loss_of(made, student, batch(dtype=torch.float32)).backward()
+    assert all(p.grad is not None for p in student.parameters() if p.requires_grad)
+    assert all(p.grad is None and not p.requires_grad for p in teacher.denoiser.parameters())
+
+
+@pytest.mark.parametrize("predicted", PREDICTIONS)
+def test_one_step_of_the_sampler_is_what_is_said_at_the_beginning(predicted):
+    denoiser = tiny_denoiser(cosine(), PREDICTIONS[predicted])
+    x = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    told = {"label": torch.arange(3)}
+    one = consistency.sample(lambda x_t, t: denoiser(x_t, t, **told), cosine(), x, evenly(cosine(), num_steps=1))
+    torch.testing.assert_close(one, denoiser(x, torch.tensor(cosine().t_max, dtype=torch.float64), **told).x0)
+
+
+def test_the_sampler_keeps_the_distribution_of_an_exact_student():
+    x = torch.randn(20_000, 1, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    student = Student(Flow())
+    drawn = consistency.sample(
+        lambda x_t, t: student(x_t, t.expand(len(x_t))),
+        Flow(),
+        x,
+        evenly(Flow(), num_steps=4),
+        generator=torch.Generator().manual_seed(1),
+    )
+    assert drawn.mean().item() == pytest.approx(MEAN, abs=0.02) and drawn.std().item() == pytest.approx(STD, rel=0.02)
+
+
+def test_a_teacher_on_another_path_ends_where_it_does_on_its_own():
+    """The same trajectory, in the coordinates of flow."""
+    own, there = EDM(), Flow(t_max=80 / 81)
+    x = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    native = heun.sample(Gaussian(own), own, 80 * x, karras(own, num_steps=400))
+    ours = heun.sample(Teacher(gaussian(own, "edm")).on(there), there, 80 / 81 * x, evenly(there, num_steps=2000))
+    torch.testing.assert_close(ours, native, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda: Consistency(INTERVALS["fixed"], alike, 10, huber=-1.0), "objective.huber=-1.0"),
+        (lambda: Teacher(gaussian(Flow(), "flow"), solver="rk4"), "objective.teacher.solver=rk4"),
+        (lambda: Progressive(Exact(Flow()), evenly, weight.truncated_snr, 3, 10), "must be a multiple"),
+        (lambda: doubling(Flow(), torch.zeros(1), 0.0, grid=evenly, first=0), "objective.interval.first=0"),
+        (lambda: shrinking(Flow(), torch.zeros(1), 0.0, times=uniform, q=1.0), "q=1.0"),
+        (
+            lambda: Consistency(INTERVALS["fixed"], alike, 10).check(tiny_denoiser(cosine(), prediction.eps)),
+            "times as large in x0",
+        ),
+    ],
+)
+def test_mistakes(made, message):
+    with pytest.raises(ValueError, match=message):
+        made()
+
+
+class Landing(nn.Module):
+    """The exact flow map of the Gaussian on the straight path, up to `wrong`."""
+
+    def __init__(self, wrong=0.0):
+        super().__init__()
+        self.schedule, self.exact, self.wrong = Flow(), Gaussian(Flow()), wrong
+
+    def forward(self, x_t, t, s=None, **cond):
+        s = t if s is None else s
+        gap = expand_like(t - s, x_t)
+        said = self.exact(x_t, t)
+        short = gap.abs() < 1e-9
+        u = torch.where(short, said.eps - said.x0, (x_t - self.exact.end(x_t, t, s)) / torch.where(short, 1.0, gap))
+        u = u + self.wrong * gap
+        return Estimate(x_t - expand_like(t, x_t) * u, x_t + expand_like(1 - t, x_t) * u)
+
+
+def inner(schedule, u):
+    """Away from the ends, where differences would look beyond."""
+    return 0.1 + 0.8 * u
+
+
+DERIVATIVES = {"jvp": (jvp, 1e-16), "central": (partial(central, h=1e-4), 1e-12)}
+
+
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+@pytest.mark.parametrize("own_direction", [False, True])
+def test_meanflow_has_no_error_at_the_flow_map_and_one_beside_it(own_direction, derivative):
+    derivative, most = DERIVATIVES[derivative]
+    objective = MeanFlow(inner, derivative, Teacher(gaussian(Flow(), "flow")), own_direction=own_direction, power=0.0)
+    assert loss_of(objective, Landing(), batch()) < most
+    assert loss_of(objective, Landing(wrong=0.1), batch()) > 1e-5
+
+
+def test_the_direction_of_the_derivative_matters():
+    """Without the part along x a network that is right has an error."""
+
+    def time_alone(function, at, along):
+        return jvp(function, at, (torch.zeros_like(along[0]), *along[1:]))
+
+    objective = MeanFlow(inner, time_alone, Teacher(gaussian(Flow(), "flow")), power=0.0)
+    assert loss_of(objective, Landing(), batch()) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_derivatives_agree(dtype):
+    """That of a transformer, attention included, along all that it is told."""
+    denoiser = tiny_denoiser(Flow(), prediction.flow, lands=True).to(dtype)
+    x, d = torch.randn(2, 6, 1, 4, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    t, s = torch.linspace(0.3, 0.9, 6, dtype=dtype), torch.linspace(0.1, 0.3, 6, dtype=dtype)
+    told = {"label": torch.arange(6) % 3}
+
+    def velocity(x, t, s):
+        return denoiser(x, t, s, **told).eps
+
+    along = (d, torch.ones_like(t), torch.full_like(s, 0.5))
+    exact, least = jvp(velocity, (x, t, s), along), 1e-4 if dtype == torch.float64 else 5e-3
+    difference = central(velocity, (x, t, s), along, h=least)
+    assert (difference - exact).norm() / exact.norm() < (1e-6 if dtype == torch.float64 else 1e-3)
+    h = torch.zeros((), dtype=dtype, requires_grad=True)
+    through = torch.autograd.functional.jacobian(
+        lambda h: velocity(x + h * along[0], t + h * along[1], s + h * along[2]), h
+    )
+    torch.testing.assert_close(through, exact, rtol=1e-4, atol=1e-5)
+    assert not exact.requires_grad
+
+
+def test_a_shortcut_has_no_error_where_two_steps_land():
+    """The flow map is one: it makes two steps of one. Its velocity is the teacher's."""
+    objective = Shortcut(inner, Teacher(gaussian(Flow(), "flow")), share=0.5, most=3, target=None, clip=None)
+    # The shortest step is learned from velocities, which are no flow map: none of these is drawn with most=30.
+    never = Shortcut(inner, Teacher(gaussian(Flow(), "flow")), share=0.5, most=0, target=None, clip=None)
+    assert loss_of(never, Landing(), batch()) > 1e-5
+    given = batch()
+    steps = 2 ** (given.draw.uniform("steps") * 4).long()
+    long = torch.arange(64) % 16 < 8
+    given.draw.uniform = lambda purpose, uniform=given.draw.uniform: (
+        torch.where(long & (steps == 8), 0.0, uniform(purpose)) if purpose == "steps" else uniform(purpose)
+    )
+    assert loss_of(objective, Landing(), given) < 1e-12
+    assert loss_of(objective, Landing(wrong=0.1), given) > 1e-5
+
+
+def test_flow_maps_land_where_they_are_told_in_any_number_of_steps():
+    x = torch.randn(8, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    there = Gaussian(Flow()).end(x, torch.ones(8, dtype=torch.float64), torch.zeros(8, dtype=torch.float64))
+    for num_steps in (1, 2, 5):
+        drawn = flow_map.sample(Landing(), Flow(), x, evenly(Flow(), num_steps=num_steps))
+        torch.testing.assert_close(drawn, there)
+
+
+@pytest.mark.parametrize("objective", [partial(MeanFlow, derivative=jvp), Shortcut])
+def test_flow_maps_want_a_network_that_lands(objective):
+    objective = objective(uniform)
+    with pytest.raises(ValueError, match=r"model\.lands=true"):
+        objective.check(tiny_denoiser(Flow(), prediction.flow))
+    with pytest.raises(ValueError, match="noise=flow"):
+        objective.check(tiny_denoiser(cosine(), prediction.v, lands=True))
+    objective.check(tiny_denoiser(Flow(), prediction.flow, lands=True))
+
+
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+@pytest.mark.parametrize("at", [0, 50, 200])
+def test_continuous_consistency_has_no_error_at_the_flow_map_and_one_beside_it(at, derivative):
+    derivative, most = DERIVATIVES[derivative]
+    schedule = Trigonometric()
+    objective = ContinuousConsistency(inner, derivative, Teacher(gaussian(Flow(), "flow")), warmup_steps=100)
+    # Before r has risen the tangent is that of denoising, too.
+    right = ContinuousConsistency(inner, derivative, Teacher(gaussian(Flow(), "flow")), warmup_steps=0)
+    assert loss_of(right, Student(schedule), batch(), at) < 1e3 * most
+    assert loss_of(right, Student(schedule, wrong=0.1), batch(), at) > 1e-3
+    early, late = loss_of(objective, Student(schedule), batch(), 0), loss_of(objective, Student(schedule), batch(), 100)
+    assert late < 1e3 * most < early
+
+
+def test_continuous_consistency_learns_towards_the_flow_map():
+    """The gradient of a student that says too much says less: a wrong sign would not show in the loss."""
+    student = Student(Trigonometric(), wrong=torch.tensor(0.1, requires_grad=True, dtype=torch.float64))
+    objective = ContinuousConsistency(inner, jvp, Teacher(gaussian(Flow(), "flow")), warmup_steps=0)
+    loss_of(objective, student, batch()).backward()
+    assert student.wrong.grad > 0
