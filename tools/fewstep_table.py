@@ -22,7 +22,7 @@ from dit.train import saved, trained
 from dit.train.build import Parts, build
 
 TEACHER = "digits_teacher"
-STUDENTS = ("consistency", "progressive", "meanflow", "shortcut")
+STUDENTS = ("consistency", "continuous_consistency", "progressive", "meanflow", "shortcut")
 COLUMNS = ("accuracy", "frechet", "frechet_held_out", "frechet_teacher", "diversity", "trajectory", "nearest")
 NOISE_SEED = 4321  # of the samples: no run's
 
@@ -58,13 +58,15 @@ def table(options: argparse.Namespace) -> Iterator[Row]:
     judge = Judge(data.read("train"), data.read("held_out"))
     asked = torch.arange(options.num_images) % judge.num_classes
     ends = draw("heun", 32)
+    unrelated, seen_held_out = _distance(ends.flip(0), ends), judge.features(judge.held_out["image"])
+    seen_ends = judge.features(ends)
 
     def figures(images: Tensor) -> dict[str, float]:
         features = judge.features(images)
         return judge.figures(images, asked) | {
-            "frechet_held_out": frechet_distance(features, judge.features(judge.held_out["image"])),
-            "frechet_teacher": frechet_distance(features, judge.features(ends)),
-            "trajectory": _distance(images, ends) / _distance(ends.flip(0), ends),
+            "frechet_held_out": frechet_distance(features, seen_held_out),
+            "frechet_teacher": frechet_distance(features, seen_ends),
+            "trajectory": _distance(images, ends) / unrelated,
         }
 
     yield Row("held-out digits", [{"frechet": judge.frechet(judge.held_out["image"])}])

@@ -111,9 +111,9 @@ def _curves(cfg: DictConfig) -> Curves:
     from dit.objective.denoising import Denoising
     from dit.train.build import build
 
-    if cfg.objective._target_ != f"{Denoising.__module__}.{Denoising.__name__}":
-        raise ValueError(f"{cfg.objective._target_} has no weight to draw: choose objective=denoising")
     schedule, objective = build(cfg.noise), build(cfg.objective)
+    if not isinstance(objective, Denoising):
+        raise ValueError(f"{cfg.objective._target_} has no weight to draw: choose objective=denoising")
     denoiser = Denoiser(torch.nn.Identity(), schedule, build(cfg.prediction))
     steps = build(cfg.grid)(schedule, num_steps=cfg.sampler.num_steps)
     edges = torch.cat([torch.arange(20_001).double() / 20_000, torch.linspace(-16, 16, 2_001).double().sigmoid()])

@@ -80,12 +80,12 @@ class Judge:
 
     def figures(self, drawn: Tensor, asked: Tensor) -> dict[str, float]:
         """What is seen in samples, uint8 (N, C, H, W), of the classes (N,) asked for; see `judge`."""
-        train, held_out = self.train, self.held_out
+        train, held_out, features = self.train, self.held_out, self.features(drawn)
         spread = _within_class_variance(self.reference, train["label"])
         return {
             "accuracy": _accuracy(self.classifier, drawn, asked),
-            "diversity": _within_class_variance(self.features(drawn), asked) / spread,
-            "frechet": self.frechet(drawn),
+            "diversity": _within_class_variance(features, asked) / spread,
+            "frechet": frechet_distance(features, self.reference),
             "nearest": _median_nearest(drawn, train["image"]) / _median_nearest(held_out["image"], train["image"]),
         }
 

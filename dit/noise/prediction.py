@@ -27,6 +27,11 @@ class Estimate(NamedTuple):
     eps: Tensor
     variance: Tensor | None = None
 
+    @property
+    def velocity(self) -> Tensor:
+        """Of the straight path, eps - x0."""
+        return self.eps - self.x0
+
 
 Prediction = Callable[[Schedule, Tensor], Coefficients]
 

@@ -1,10 +1,16 @@
-"""From x_t to x_s, as far as an estimate at t says."""
+"""Points of a path: x_t of what it holds, and x_s from x_t, as far as an estimate at t says."""
 
 from torch import Tensor
 
 from dit.noise.denoiser import expand_like
 from dit.noise.prediction import Coefficients, Estimate, solve
 from dit.noise.schedule import NoiseLevel, Schedule
+
+
+def point(schedule: Schedule, t: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
+    """x_t = alpha x0 + sigma eps, each (B, C, H, W); t is (B,) or ()."""
+    alpha, sigma = (_beside(c, x0) for c in schedule(t))
+    return alpha * x0 + sigma * eps
 
 
 def step(schedule: Schedule, x_t: Tensor, t: Tensor, s: Tensor, estimate: Estimate) -> Tensor:

@@ -1,13 +1,13 @@
 """Consistency: what is said at t is what is said at s, a little further down the same trajectory."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dit.noise.denoiser import Denoiser, expand_like
 from dit.noise.schedule import Schedule
+from dit.noise.step import point
 from dit.objective.objective import Batch, Objective
 from dit.objective.teacher import Teacher, check_start
 
@@ -72,8 +72,10 @@ class Consistency(Objective):
         x0, schedule = batch.x0, denoiser.schedule
         t, s = self.interval(schedule, batch.draw.uniform("t"), step / self.max_steps)  # (B,), (B,)
         eps = batch.draw.normal("eps", x0.shape[1:])  # (B, C, H, W)
-        x_t = _at(schedule, t, x0, eps)
-        x_s = _at(schedule, s, x0, eps) if self.teacher is None else self.teacher.step(schedule, x_t, t, s, batch.cond)
+        x_t = point(schedule, t, x0, eps)
+        x_s = (
+            point(schedule, s, x0, eps) if self.teacher is None else self.teacher.step(schedule, x_t, t, s, batch.cond)
+        )
         dropout = torch.initial_seed()  # the same for both
         with torch.no_grad(), batch.lent(self.target):
             said = denoiser(x_s, s, **batch.cond).x0
@@ -140,9 +142,3 @@ def shrinking(
     t = times(schedule, u).double()
     gap = q ** -(int(progress * stages) + 1.0) * (1 + k * torch.sigmoid(-b * t))
     return t, (t * (1 - gap)).clamp(min=0)
-
-
-def _at(schedule: Schedule, t: Tensor, x0: Tensor, eps: Tensor) -> Any:
-    """x_t = alpha x0 + sigma eps."""
-    alpha, sigma = (expand_like(c.to(x0), x0) for c in schedule(t))
-    return alpha * x0 + sigma * eps

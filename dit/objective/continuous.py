@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from dit.noise.denoiser import Denoiser, expand_like
+from dit.noise.prediction import Estimate
 from dit.noise.schedule import Schedule
 from dit.objective.derivative import Derivative
 from dit.objective.objective import Batch, Objective
-from dit.objective.teacher import Teacher, check_start
+from dit.objective.teacher import Teacher, check_start, explained
 
 
 class ContinuousConsistency(Objective):
@@ -80,8 +81,8 @@ class ContinuousConsistency(Objective):
             said = denoiser(x_t, t, **batch.cond)
             return expand_like(t.cos(), x_t) * said.eps - expand_like(t.sin(), x_t) * said.x0
 
-        x0, eps, _ = (x0, eps, None) if self.teacher is None else self.teacher.on(schedule)(x_t, t, **batch.cond)
-        dx = cos * eps - sin * x0
+        said = explained(self.teacher, schedule, x_t, t, batch.cond, Estimate(x0, eps))
+        dx = cos * said.eps - sin * said.x0
         rate = self.derivative(velocity, (x_t, t), (cos * sin * dx, t.cos() * t.sin()))
         v = velocity(x_t, t)
         r = min(1.0, (step + 1) / (self.warmup_steps + 1))

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from dit.noise.denoiser import Denoiser, expand_like
+from dit.noise.prediction import Estimate
 from dit.noise.schedule import Schedule
+from dit.noise.step import point
 from dit.objective.derivative import Derivative
 from dit.objective.objective import Batch, Objective
-from dit.objective.teacher import Teacher, check_flow_map
+from dit.objective.teacher import Teacher, check_flow_map, explained
 
 
 class MeanFlow(Objective):
@@ -67,21 +69,16 @@ class MeanFlow(Objective):
         t, s = torch.maximum(one, other), torch.minimum(one, other)
         s = torch.where(draw.uniform("equal").to(x0) < self.equal, t, s)
         eps = draw.normal("eps", x0.shape[1:]).to(x0)  # (B, C, H, W)
-        x_t = expand_like(1 - t, x0) * x0 + expand_like(t, x0) * eps
+        x_t = point(schedule, t, x0, eps)
 
         def velocity(x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-            said = denoiser(x_t, t, s, **batch.cond)
-            return said.eps - said.x0
+            said: Estimate = denoiser(x_t, t, s, **batch.cond)
+            return said.velocity
 
-        if self.teacher is None:
-            v = eps - x0
-        else:
-            said = self.teacher.on(schedule)(x_t, t, **batch.cond)
-            v = said.eps - said.x0
+        v = explained(self.teacher, schedule, x_t, t, batch.cond, Estimate(x0, eps)).velocity
         with torch.no_grad():
             direction = velocity(x_t, t, t) if self.own_direction else v
         rate = self.derivative(velocity, (x_t, t, s), (direction, torch.ones_like(t), torch.zeros_like(s)))
-        error = (
-            (velocity(x_t, t, s) + expand_like(t - s, x0) * rate - v).float().square().flatten(1).mean(dim=1)
-        )  # (B,)
+        difference = velocity(x_t, t, s) + expand_like(t - s, x0) * rate - v
+        error = difference.float().square().flatten(1).mean(dim=1)  # (B,)
         yield "denoiser", (error / (error.detach() + self.c) ** self.power).mean()

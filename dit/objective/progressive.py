@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from dit.noise.denoiser import Denoiser, expand_like
+from dit.noise.denoiser import Denoiser
 from dit.noise.schedule import Schedule
-from dit.noise.step import secant, step
+from dit.noise.step import point, secant, step
 from dit.objective.objective import Batch, Objective
 from dit.objective.teacher import Teacher, check_start
 
@@ -73,8 +73,7 @@ class Progressive(Objective):
         times = self.grid(schedule, num_steps=2 * num_steps).to(x0.device)
         n = (batch.draw.uniform("t") * num_steps).long().clamp(max=num_steps - 1)  # (B,)
         t, between, s = times[2 * n], times[2 * n + 1], times[2 * n + 2]
-        alpha, sigma = (expand_like(c.to(x0), x0) for c in schedule(t))
-        x_t = alpha * x0 + sigma * batch.draw.normal("eps", x0.shape[1:])  # (B, C, H, W)
+        x_t = point(schedule, t, x0, batch.draw.normal("eps", x0.shape[1:]))  # (B, C, H, W)
         x_s = x_t
         for now, then in ((t, between), (between, s)):
             if stage == 0:

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from dit.noise.denoiser import Denoiser, expand_like
+from dit.noise.prediction import Estimate
 from dit.noise.schedule import Schedule
+from dit.noise.step import point
 from dit.objective.objective import Batch, Objective
-from dit.objective.teacher import Teacher, check_flow_map
+from dit.objective.teacher import Teacher, check_flow_map, explained
 
 
 class Shortcut(Objective):
@@ -72,18 +74,13 @@ class Shortcut(Objective):
         t = torch.where(long, schedule.t_max * at, self.times(schedule, draw.uniform("t"))).to(x0)
         s = torch.where(long, t - schedule.t_max / steps, t).clamp(min=0).to(x0)
         eps = draw.normal("eps", x0.shape[1:]).to(x0)  # (B, C, H, W)
-        x_t = expand_like(1 - t, x0) * x0 + expand_like(t, x0) * eps
-        if self.teacher is None:
-            target = eps - x0
-        else:
-            said = self.teacher.on(schedule)(x_t, t, **batch.cond)
-            target = said.eps - said.x0
+        x_t = point(schedule, t, x0, eps)
+        target = explained(self.teacher, schedule, x_t, t, batch.cond, Estimate(x0, eps)).velocity
         cond = {name: value[long] for name, value in batch.cond.items()}
         target = target.masked_scatter(
             expand_like(long, x0), self._of_two(denoiser, x_t[long], t[long], s[long], cond, batch)
         )
-        said = denoiser(x_t, t, s, **batch.cond)
-        yield "denoiser", (said.eps - said.x0 - target).square().mean()
+        yield "denoiser", (denoiser(x_t, t, s, **batch.cond).velocity - target).square().mean()
 
     @torch.no_grad()
     def _of_two(
@@ -95,8 +92,7 @@ class Shortcut(Objective):
         velocities = []
         with batch.lent(self.target):
             for now, then in ((t, between), (between, s)):
-                said = denoiser(x_t, now, torch.where(shortest, now, then), **cond)
-                velocities.append(said.eps - said.x0)
+                velocities.append(denoiser(x_t, now, torch.where(shortest, now, then), **cond).velocity)
                 x_t = x_t - expand_like(now - then, x_t) * velocities[-1]
         mean = (velocities[0] + velocities[1]) / 2
         return mean if self.clip is None else mean.clamp(-self.clip, self.clip)

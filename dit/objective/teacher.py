@@ -92,6 +92,18 @@ class Teacher:
         return denoise
 
 
+def explained(
+    teacher: Teacher | None,
+    schedule: Schedule,
+    x_t: Tensor,
+    t: Tensor,
+    cond: Mapping[str, Tensor],
+    sample: Estimate,
+) -> Estimate:
+    """What is said of x_t: by a teacher, or where there is none by the sample itself."""
+    return sample if teacher is None else teacher.on(schedule)(x_t, t, **cond)
+
+
 def absent(**options: object) -> None:
     """No teacher, whatever an experiment says of one: each sample speaks for itself."""
 

@@ -150,26 +150,30 @@ def teacher(
         ValueError: if there is no such run or checkpoint, or the student is of another kind.
     """
     folder = Path(runs_dir) / run
-    cfg = saved.config(folder)
+    parts = _parts(folder)
     for key, ours in (needs or {}).items():
-        if (theirs := OmegaConf.select(cfg, key)) != ours:
+        if (theirs := OmegaConf.select(parts.cfg, key)) != ours:
             raise ValueError(
                 f"objective.teacher.run={run} was trained with {key}={theirs}, but this run has {ours}: a student is "
                 "told and draws what its teacher is; take the same, or another teacher"
             )
-    guided = partial(ClassifierFree, null=Parts(cfg).condition.null, **guidance)
-    return Teacher(denoiser(run, runs_dir, weights, step), guided, solver, num_substeps)
+    guided = partial(ClassifierFree, null=parts.condition.null, **guidance)
+    return Teacher(load(parts, newest(folder, step), weights), guided, solver, num_substeps)
 
 
 def denoiser(run: str, runs_dir: str = "runs", weights: str = "ema", step: int | None = None) -> Denoiser:
-    """The denoiser of a run by its name: a weaker guide, a teacher.
+    """The denoiser of a run by its name: a weaker guide.
 
     Raises:
         ValueError: if there is no such run or checkpoint, or it is an autoencoder.
     """
     folder = Path(runs_dir) / run
+    return load(_parts(folder), newest(folder, step), weights)
+
+
+def _parts(folder: Path) -> Parts:
+    """The parts of a run that serves another, unguided, as its own guidance may name a weaker run in its turn."""
     cfg = saved.config(folder)
     check_denoiser(cfg)
-    # That of the run may name a weaker run in its turn.
     cfg.guidance = {"_target_": "dit.sampler.guidance.ClassifierFree", "_partial_": True}
-    return load(Parts(cfg), newest(folder, step), weights)
+    return Parts(cfg)

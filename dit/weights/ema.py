@@ -114,19 +114,19 @@ class EMA:
         """
         weights = None
         for profile, keeps in self.profiles.items():
-            if keeps(step) == 1:
+            if (share := keeps(step)) == 1:
                 continue
             averages = _local(self.averages[profile])
-            if keeps(step) == 0:  # taken or not
+            if share == 0:  # taken or not
                 torch._foreach_copy_(averages, _local(self.parameters))
             elif applied is None or not (applied.is_cuda and all(average.is_cuda for average in averages)):
                 if applied is not None and not applied:
                     continue
                 weights = weights or _fetched(_local(self.parameters), averages)
-                torch._foreach_lerp_(averages, weights, 1 - keeps(step))
+                torch._foreach_lerp_(averages, weights, 1 - share)
             else:  # lerp wants its weight on the CPU
                 changes = torch._foreach_sub(_local(self.parameters), averages)
-                torch._foreach_mul_(changes, applied * (1 - keeps(step)))
+                torch._foreach_mul_(changes, applied * (1 - share))
                 torch._foreach_add_(averages, changes)
 
     @contextmanager

@@ -16,13 +16,8 @@ pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[2]
 AWKWARD = 'it\'s [a, b] "c" $HOME; #1'
 PATIENCE = 120  # seconds, for anything to happen
-ENDS = [
-    "COMPLETED",
-    "FAILED",
-    "CANCELLED",
-    "TIMEOUT",
-    "NODE_FAIL",
-]  # besides these a state is passed through, as SIGNALING is
+# Besides these a state is passed through, as SIGNALING is.
+ENDS = ["COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"]
 
 SLOW = """
 import os, time
