@@ -52,7 +52,7 @@ def table(folder: Path, resample: list[int], out: Path | None = None) -> dict[st
         pipeline = parts.pipeline(denoiser, latent)
         pipeline.sampler = edited(pipeline.sampler, to_float(images), **options)
         if not told:
-            pipeline.guidance = lambda denoiser, null: lambda x_t, t, **cond: denoiser(x_t, t, **null(cond))
+            pipeline.guidance = lambda denoiser, null: lambda x_t, t, s=None, **cond: denoiser(x_t, t, s, **null(cond))
         return pipeline({"label": labels}, len(images), batch_size=len(images))
 
     @torch.no_grad()
