@@ -51,6 +51,7 @@ def test_every_option_of_every_group_composes(choice):
     if choice.removeprefix("objective=") in (
         "consistency",
         "continuous_consistency",
+        "guidance_distillation",
         "meanflow",
         "progressive",
         "shortcut",

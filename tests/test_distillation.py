@@ -1,5 +1,6 @@
 """Students of a run: they begin as their teacher, go on bit-equal, and have the same numbers in two processes."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,15 @@ import torch
 from omegaconf import OmegaConf
 from together import differences, lines, train_together, weights
 
-from dit.command.compose import ConfigError, compose
+from dit.command import existing, export, sample
+from dit.command.compose import ConfigError, compose, user_errors
 from dit.command.dry_run import sound
+from dit.noise.flow import Flow
+from dit.train.build import Parts
+from dit.train.checked import checked
+from dit.train.devices import settled
 from dit.train.layout import assumed_layout
+from dit.train.run import Run
 
 STUDENTS = {
     "consistency": ["objective.target=target", "ema=target"],
@@ -20,6 +27,10 @@ STUDENTS = {
     "central": ["objective/derivative=central", "objective.own_direction=true", "experiment=digits_meanflow"],
     "shortcut": [],
     "continuous_consistency": ["objective.warmup_steps=4"],
+    "guidance_distillation": [
+        *("experiment=digits_guidance_distillation", "objective.teacher.scale=1", "objective.scales=[1,4]"),
+        *("model.guided=true", "guidance=told", "sampler.num_steps=2"),
+    ],
 }
 STEPS, STOP = 12, 7  # in the midst of the second stage of three
 
@@ -108,11 +119,8 @@ def test_two_processes_give_the_numbers_of_one(together):
 
 def test_a_student_begins_as_its_teacher(student):
     """Whatever path it is on, and whatever it is told besides."""
-    from dit.train.build import Parts
-    from dit.train.run import Run
-
     for method in ("consistency", "meanflow", "continuous_consistency"):
-        cfg = student(method, f"{method}-begin", "sampler=heun", "sampler.num_steps=8")
+        cfg = student(method, f"{method}-begin")
         run = Run(cfg)
         run.prepare()
         parts, teacher = Parts(cfg), run.objective.teacher
@@ -138,6 +146,29 @@ def test_a_student_begins_as_its_teacher(student):
         ("meanflow", ["model.lands=false"], "model.lands=true"),
         ("meanflow", ["noise=cosine", "prediction=v"], "noise=flow"),
         ("continuous_consistency", ["noise=flow", "prediction=flow"], "noise=trigonometric"),
+        ("consistency", ["sampler=heun"], "the sampler heun does not draw a student of consistency"),
+        ("progressive", ["sampler.num_steps=2"], "has learned 1 step: take sampler.num_steps=1"),
+        ("shortcut", ["sampler.num_steps=3"], "has learned 1, 2, 4, 8, 16, 32 or 64 steps: take sampler.num_steps=2"),
+        (
+            "consistency",
+            ["objective.teacher.scale=2", "guidance.scale=2", "condition.dropout=0.1"],
+            "would guide twice",
+        ),
+        ("guidance_distillation", ["model.guided=false", "guidance=classifier_free"], "model.guided=true, or neither"),
+        ("guidance_distillation", ["guidance.scale=5"], "guidance.scale=4"),
+        ("guidance_distillation", ["guidance=classifier_free"], "take guidance=told"),
+        ("guidance_distillation", ["objective.scales=[4,1]"], "two rising scales"),
+        ("guidance_distillation", ["objective.teacher.scale=2"], "give one of them"),
+        ("guidance_distillation", ["objective.scales=null"], "is no guidance, so that there is nothing to learn"),
+        ("guidance_distillation", ["objective/teacher=data"], "take objective/teacher=run"),
+        ("guidance_distillation", ["model.guided=false"], "guidance=told is for a network with model.guided=true"),
+        ("meanflow", ["trainer=fsdp_tp", "trainer.tensor_parallel_size=2"], "objective/derivative=central"),
+        ("consistency", ["objective/teacher=export"], "run=teacher: no such run"),
+        (
+            "consistency",
+            ["objective/teacher=published", "objective.teacher.init.path=/nowhere.pt"],
+            "objective.teacher.init.path=/nowhere.pt: /nowhere.pt: no such file",
+        ),
     ],
 )
 def test_mistakes_are_told_before_anything_is_made(student, method, overrides, message):
@@ -146,3 +177,168 @@ def test_mistakes_are_told_before_anything_is_made(student, method, overrides, m
         sound(cfg, assumed_layout(cfg.trainer)[0])
     assert not (Path(cfg.runs_dir) / "mistaken").exists()
     assert OmegaConf.is_config(cfg)
+
+
+@pytest.fixture(scope="module")
+def kept(student):
+    """The folder of runs, with a student of each kind: one number of steps a stage, any, and with guidance told."""
+    every = ["trainer.checkpoint_every_steps=4", "trainer.keep_every_steps=4"]
+    cfgs = [
+        student("progressive", "halved", *every),
+        student("consistency", "any", "objective.teacher.scale=2"),
+        student("guidance_distillation", "told"),
+    ]
+    assert train_together(cfgs, 1) == 0
+    return Path(cfgs[0].runs_dir)
+
+
+def loaded(runs, run, *overrides):
+    """What `dit sample` would draw with."""
+    overrides = [f"run={run}", f"runs_dir={runs}", *overrides]
+    sample.prepare(overrides)
+    cfg = compose("sample", overrides)
+    sample.check(cfg)
+    with user_errors():
+        return existing.load(cfg)
+
+
+def drawn(run):
+    """What it draws of fixed noise, as numbers."""
+    parts, x = run.parts, torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    guided, told = parts._guidance(run.denoiser, parts.condition.null), {"label": torch.arange(4)}
+    with torch.no_grad():
+        return parts._sampler(
+            lambda x_t, t, s=None: guided(x_t, t.expand(4), s if s is None else s.expand(4), **told),
+            parts.schedule,
+            x,
+            parts.grid(parts.schedule),
+            generator=torch.Generator().manual_seed(1),
+        )
+
+
+@pytest.mark.parametrize(
+    ("run", "step", "num_steps"),
+    [("halved", 4, 4), ("halved", 8, 2), ("halved", 12, 1), *[("any", 12, n) for n in (1, 2, 5)], ("told", 12, 3)],
+)
+def test_an_export_draws_what_its_run_does(kept, tmp_path, run, step, num_steps):
+    """In all numbers of steps that it supports."""
+    overrides = ["run=" + run, f"runs_dir={kept}", f"path={tmp_path}/weights", f"step={step}"]
+    assert export.main(compose("export", overrides)) == 0
+    said = json.loads((tmp_path / "weights" / "few_step.json").read_text())
+    known = {"halved": [num_steps], "any": None, "told": None}[run]
+    assert said["steps"] == known and said["guidance"] == {"halved": 1.0, "any": 2.0, "told": [1.0, 4.0]}[run]
+    assert (said["path"]["_target_"], said["prediction"]["_target_"]) == (
+        "dit.noise.flow.Flow",
+        "dit.noise.prediction.flow",
+    )
+    assert said["times"]["1" if known is None else str(num_steps)][-1] == 0
+    ours = loaded(kept, run, f"step={step}", f"sampler.num_steps={num_steps}")
+    own = [] if run == "halved" else [f"sampler.num_steps={num_steps}"]  # an export draws as it can, if not told
+    theirs = loaded(tmp_path, "weights", *own)
+    assert theirs.step == ours.step == step
+    assert (drawn(ours) - drawn(theirs)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("run", "overrides", "message"),
+    [
+        ("halved", ["sampler.num_steps=4"], "has learned 1 step: take sampler.num_steps=1, or step=4 for 4"),
+        ("halved", ["sampler.num_steps=3"], "take sampler.num_steps=1$"),
+        ("halved", ["step=8"], "has learned 2 steps: take sampler.num_steps=2, or step=12 for 1"),
+        ("halved", ["grid=karras"], "leave grid= out"),
+        ("halved", ["sampler=heun"], "the sampler heun does not draw a student of progressive: take sampler=flow_map"),
+        ("any", ["guidance.scale=2"], "guidance.scale=2 would guide twice"),
+        ("told", ["guidance.scale=4.5"], "guidance=told, and guidance.scale=4"),
+        ("told", ["guidance=classifier_free"], "take guidance=told"),
+    ],
+)
+def test_students_are_not_drawn_as_they_have_not_learned_to_be(kept, tmp_path, run, overrides, message):
+    """Neither a run, nor its export, which has no other checkpoints to offer."""
+    with pytest.raises(ConfigError, match=message) as error:
+        loaded(kept, run, *overrides)
+    assert error.value.exit_code == 2
+    if not any(word.startswith("step=") for word in overrides):
+        assert export.main(compose("export", ["run=" + run, f"runs_dir={kept}", f"path={tmp_path}/weights"])) == 0
+        with pytest.raises(ConfigError, match=message.split(", or step")[0]):
+            loaded(tmp_path, "weights", *overrides)
+
+
+def test_a_student_is_previewed_in_the_steps_of_its_stage(student, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Parts, "subject", lambda self, *_, num_steps, **__: asked.append(num_steps) or Nothing())
+    assert train_together([student("progressive", "seen", "trainer.preview_every_steps=3")], 1) == 0
+    assert asked == [4, 2, 1, 1]
+
+
+class Nothing:
+    """Draws black."""
+
+    restores = False
+
+    def draw(self, samples):
+        return torch.zeros(40, 1, 8, 8, dtype=torch.uint8)
+
+
+def test_teachers_of_an_export_and_of_published_weights_say_what_the_run_does(student, tmp_path):
+    from dit.train import trained
+
+    method, runs = "meanflow", Path(student("meanflow", "x").runs_dir)
+    assert export.main(compose("export", ["run=teacher", f"runs_dir={runs}", f"path={tmp_path}/weights"])) == 0
+    torch.save({"ema": trained.weights_of(trained.newest(runs / "teacher"))}, tmp_path / "published.pt")
+    files = ["objective/teacher=published", f"objective.teacher.init.path={tmp_path}/published.pt"]
+    dropout = "condition.dropout=0.1"
+    said = []
+    for chosen in (
+        ["objective.teacher.runs_dir=" + str(runs)],
+        ["objective/teacher=export", f"objective.teacher.runs_dir={tmp_path}", "objective.teacher.run=weights"],
+        files,
+    ):
+        cfg = student(method, "taught", "objective.teacher.scale=2", dropout, *chosen)
+        objective = checked(settled(cfg), assumed_layout(cfg.trainer)[0]).objective
+        x, t = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.linspace(0.1, 0.9, 4)
+        said.append(objective.teacher.on(Flow())(x, t, label=torch.arange(4)).x0)
+        assert objective.few_step().guidance == 2
+    assert torch.equal(said[0], said[1]) and torch.equal(said[0], said[2])
+    for wrong, message in ((["data.num_classes=11"], "10 classes"), (["model.hidden_size=64"], "do not fit")):
+        cfg = student(method, "taught", *files, *wrong)
+        with pytest.raises(ValueError, match=rf"objective\.teacher\.init\.path=.*{message}"):
+            sound(cfg, assumed_layout(cfg.trainer)[0])
+
+
+def test_a_student_of_one_that_was_guided_is_not_guided_again(student, kept):
+    """And has the guidance of its teacher's teacher; what is told is told once and for all."""
+    assert kept
+    cfg = student("meanflow", "again", "objective.teacher.run=any", "objective.teacher.scale=3")
+    with pytest.raises(ValueError, match=r"objective\.teacher\.scale=3 would guide twice: any has guidance of scale 2"):
+        sound(cfg, assumed_layout(cfg.trainer)[0])
+    for teacher, scale in (("any", 1.0), ("told", 3.0)):
+        cfg = student("meanflow", "again", f"objective.teacher.run={teacher}", f"objective.teacher.scale={scale}")
+        objective = checked(settled(cfg), assumed_layout(cfg.trainer)[0]).objective
+        assert objective.few_step().guidance == {"any": 2.0, "told": 3.0}[teacher]
+
+
+def test_a_student_of_a_teacher_with_a_learned_variance_leaves_it_out(recipe, student):
+    """Begun as its equal, on another path."""
+    linear = ["noise=linear", "prediction=eps", "model.learn_sigma=true", "objective.bound_weight=1", "sampler=ddim"]
+    teacher = recipe("learned", "experiment=digits_teacher", *linear, steps=4)
+    cfg = student(
+        "consistency",
+        "unlearned",
+        *("noise=matched", "noise@noise.path=flow", "noise@noise.of=linear", "prediction=matched"),
+        *("prediction@prediction.prediction=eps", "objective.teacher.run=learned", "times=uniform"),
+        f"init.path={teacher.runs_dir}/learned",
+        steps=2,
+    )
+    assert train_together([teacher], 1) == 0
+    run = Run(cfg)
+    run.prepare()
+    denoiser, teacher = run.parts.denoiser(), run.objective.teacher
+    denoiser.network.load_state_dict(run.init)
+    run._leave()
+    assert (teacher.denoiser.network.learn_sigma, denoiser.network.learn_sigma) == (True, False)
+    x, told = torch.randn(4, 1, 8, 8), {"label": torch.arange(4)}
+    t = torch.tensor([0.1, 0.3, 0.6, 0.9], dtype=torch.float64)
+    with torch.no_grad():
+        ours, theirs = denoiser.eval()(x, t, **told), teacher.on(denoiser.schedule)(x, t, **told)
+    torch.testing.assert_close(ours.x0, theirs.x0, rtol=1e-4, atol=1e-5)
+    assert train_together([cfg], 1) == 0

@@ -24,12 +24,17 @@ from dit.noise.vp import cosine, linear
 from dit.objective.consistency import Consistency, doubling, fixed, shrinking
 from dit.objective.continuous import ContinuousConsistency
 from dit.objective.derivative import central, jvp
+from dit.objective.derivative import check as check_derivative
+from dit.objective.guidance_distillation import GuidanceDistillation
 from dit.objective.meanflow import MeanFlow
 from dit.objective.objective import Batch
 from dit.objective.progressive import Progressive
 from dit.objective.shortcut import Shortcut
 from dit.objective.teacher import Teacher
 from dit.sampler import consistency, flow_map, heun
+from dit.sampler.guidance import ClassifierFree, Told
+from dit.train.execution import arrange
+from dit.weights.convert import fitted
 
 MEAN, STD = 0.3, 0.5  # of the Gaussian data
 
@@ -477,3 +482,124 @@ def test_continuous_consistency_learns_towards_the_flow_map():
     objective = ContinuousConsistency(inner, jvp, Teacher(gaussian(Flow(), "flow")), warmup_steps=0)
     loss_of(objective, student, batch()).backward()
     assert student.wrong.grad > 0
+
+
+class Guided(Net):
+    """Says its F of a Gaussian whose mean is its label, or of what guidance makes of those, up to a convention."""
+
+    def __init__(self, schedule, predicted, scale=None, wrong=0.0):
+        super().__init__(schedule, predicted)
+        self.scale, self.wrong, self.guided = scale, wrong, scale == "told"
+
+    def forward(self, x, time, label=None, scale=None):
+        t = self.time_of_input(time)
+        x_t = x / expand_like(self.schedule.input_scale(t), x)
+        (alpha, sigma), (a, b) = ([expand_like(c, x) for c in pair(t)] for pair in (self.schedule, self._coefficients))
+
+        def said(mean):
+            x0 = mean + alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * (x_t - alpha * mean)
+            return a * x0 + b * (x_t - alpha * x0) / sigma
+
+        told, nothing = said(expand_like(label.to(x), x)), said(torch.full_like(expand_like(t, x), 3.0))
+        if self.scale is None:
+            return torch.where(expand_like(label == 3, x), nothing, told)
+        w = (expand_like(scale, x) if self.guided else self.scale) + self.wrong
+        return nothing + w * (told - nothing)
+
+    def _coefficients(self, t):
+        return self.predicted(self.schedule, t)
+
+
+@pytest.mark.parametrize("scale", [2.0, "told"])
+@pytest.mark.parametrize(("of", "to"), [("flow", "flow"), ("linear", "flow"), ("cosine", "cosine"), ("edm", "cosine")])
+def test_guidance_is_distilled_where_the_student_says_what_its_guided_teacher_does(of, to, scale):
+    """Of another convention, w for 1 + w, it is not."""
+    of, to = SCHEDULES[of][0], SCHEDULES[to][0]
+    own = torch.float64
+    guided = partial(
+        ClassifierFree,
+        null=lambda cond: {name: torch.full_like(value, 3) for name, value in cond.items()},
+        scale=1.0 if scale == "told" else scale,
+    )
+    teacher = Teacher(
+        Denoiser(Guided(of, prediction.v), of, prediction.v), guided, scale=1.0 if scale == "told" else scale
+    )
+    objective = GuidanceDistillation(teacher, inner, [1.0, 4.0] if scale == "told" else None)
+    for wrong in (0.0, 1.0):
+        student = Denoiser(Guided(to, prediction.v, scale, wrong), to, prediction.v)
+        objective.check(student)
+        loss = loss_of(objective, student, batch(dtype=own))
+        assert loss > 1e-3 if wrong else loss < 1e-12
+    assert objective.few_step().guidance == ([1.0, 4.0] if scale == "told" else 2.0)
+
+
+def test_a_network_that_is_told_a_scale_begins_as_one_that_is_not():
+    plain, guided = (tiny_denoiser(Flow(), prediction.flow, guided=guided) for guided in (False, True))
+    guided.network.load_state_dict(fitted(plain.network.state_dict(), guided.network))
+    x, t = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.linspace(0.1, 0.9, 3)
+    told = {"label": torch.arange(3)}
+    for scale in (1.0, 4.0):
+        assert torch.equal(Told(guided, null=None, scale=scale)(x, t, **told).x0, plain(x, t, **told).x0)
+    torch.nn.init.normal_(guided.network.scale_embedder.mlp[2].weight)
+    four = Told(guided, null=None, scale=4.0)(x, t, **told).x0
+    assert torch.equal(Told(guided, null=None)(x, t, **told).x0, guided(x, t, **told).x0)
+    assert not torch.equal(four, guided(x, t, **told).x0)
+    with pytest.raises(ValueError, match=r"model\.guided=true"):
+        Told(plain, null=None)
+
+
+def test_scales_for_each_sample_guide_as_one_for_all():
+    denoiser = tiny_denoiser(cosine(), prediction.v)
+    x, t = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0.1, 0.5, 0.9])
+
+    def guided(scale):
+        options = {"interval": [0.3, 0.95], "rescale": 0.5, "scale": scale}
+        return ClassifierFree(denoiser, lambda cond: {"label": torch.full_like(cond["label"], 3)}, **options)
+
+    each = guided(1.0)(x, t, label=torch.arange(3), scale=torch.tensor([2.0, 3.0, 0.5]))
+    for i, scale in enumerate((2.0, 3.0, 0.5)):
+        one = guided(scale)(x, t, label=torch.arange(3))
+        torch.testing.assert_close(each.x0[i], one.x0[i])
+
+
+class Flash(torch.autograd.Function):
+    """A kernel with a gradient and no forward derivative."""
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def test_jvp_is_refused_where_there_is_no_forward_derivative():
+    with torch.device("meta"):
+        denoiser = tiny_denoiser(Flow(), prediction.flow, lands=True)
+        x, told = torch.empty(1, 1, 4, 4), {"label": torch.empty(1, dtype=torch.long)}
+    for derivative in (jvp, partial(jvp), partial(central, h=1e-2)):
+        check_derivative(derivative, denoiser, x, told)
+    forward = denoiser.network.blocks[0].attn.forward
+    denoiser.network.blocks[0].attn.forward = lambda x, rotation=None: Flash.apply(forward(x, rotation))
+    with pytest.raises(ValueError, match="network DiT has no forward derivative .*: take objective/derivative=central"):
+        check_derivative(partial(jvp), denoiser, x, told)
+    check_derivative(partial(central, h=1e-2), denoiser, x, told)
+
+
+@pytest.mark.parametrize("checkpointing", ["full", "selective"])
+def test_activation_checkpointing_keeps_the_derivative(checkpointing):
+    denoiser = tiny_denoiser(Flow(), prediction.flow)
+    x, d = torch.randn(2, 3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    at, along = (x, torch.linspace(0.1, 0.9, 3)), (d, torch.ones(3))
+
+    def velocity(x, t):
+        return denoiser(x, t, label=torch.arange(3)).eps
+
+    exact = jvp(velocity, at, along)
+    arrange(denoiser.network, checkpointing=checkpointing)
+    assert torch.equal(jvp(velocity, at, along), exact)

@@ -34,7 +34,6 @@ def main(cfg: DictConfig) -> int:
 
     from dit.metric.subject import check_given
     from dit.train.build import PIXELS, build
-    from dit.train.checkpoint import step_of
 
     with user_errors():
         run = load(cfg)
@@ -52,7 +51,7 @@ def main(cfg: DictConfig) -> int:
     with user_errors():
         figures = metric(subject, train, held_out, num_images=cfg.num_images)
     asked = OmegaConf.to_container(cfg, resolve=True)
-    out.write_text(json.dumps({"step": step_of(run.checkpoint), **figures, "asked": asked}, indent=1) + "\n")
+    out.write_text(json.dumps({"step": run.step, **figures, "asked": asked}, indent=1) + "\n")
     for name, value in figures.items():
         print(f"  {name:<28} {value:.4g}")
     print(f"  {'written to':<28} {out}")

@@ -19,13 +19,13 @@ AS_THE_RUN_HAD_IT = ("sampler", "grid", "guidance", "metric")
 
 
 class Loaded(NamedTuple):
-    """A run, ready to be sampled."""
+    """A run or an export, ready to be sampled."""
 
     parts: Any  # Parts, or those of an autoencoder
     denoiser: Any  # Denoiser, or what stands for it
     latent: "Latent"
     device: "torch.device"
-    checkpoint: Path
+    step: int  # of its weights
 
 
 def offer(overrides: Sequence[str] | None) -> None:
@@ -60,18 +60,21 @@ def check_run(cfg: DictConfig, least: dict[str, float]) -> None:
     Raises:
         ConfigError: naming the value and the way out.
     """
-    check_least(cfg, {"batch_size": 1, "seed": 0, "sampler.num_steps": 1, "guidance.scale": 0.0, **least})
+    check_least(cfg, {"batch_size": 1, "seed": 0, "step": 0, "sampler.num_steps": 1, "guidance.scale": 0.0, **least})
     check_choices(cfg, {"weights": weights_of(cfg), "accelerator": ("auto", "cpu", "gpu")})
 
 
 def weights_of(cfg: DictConfig) -> list[str]:
-    """The weights that a run has: its averages, and the raw ones.
+    """The weights that a run has: its averages, and the raw ones; those of which an export was made.
 
     Raises:
         ConfigError: if there is no such run.
     """
+    folder = Path(cfg.runs_dir) / str(cfg.run)
     with user_errors():
-        had = saved.config(Path(cfg.runs_dir) / str(cfg.run))
+        had, about = saved.config(folder), saved.exported(folder)
+    if about:
+        return [about["weights"]]
     return [*OmegaConf.select(had, "ema.profiles", default=["ema"]), "model"]
 
 
@@ -105,22 +108,31 @@ def load(cfg: DictConfig) -> Loaded:
     """The run that a configuration names, sampled as the configuration says.
 
     Args:
-        cfg: with run, runs_dir, weights, accelerator, and the groups that may be chosen anew.
+        cfg: with run, runs_dir, weights, step, accelerator, and the groups that may be chosen anew.
 
     Raises:
-        ValueError: if something does not fit together, or there is no checkpoint.
+        ValueError: if something does not fit together, there is no checkpoint, or a student would be drawn in another
+            way than it has learned.
     """
     import torch
 
     from dit.train import trained
     from dit.train.build import parts_of
+    from dit.train.drawn import check_drawn
 
     folder = Path(cfg.runs_dir) / cfg.run
     chosen = {group: cfg[group] for group in AS_THE_RUN_HAD_IT if group in cfg}
     had: Any = saved.config(folder)
-    parts = parts_of(OmegaConf.create({**had, "runs_dir": cfg.runs_dir, **chosen}))
-    path = trained.newest(folder)
+    asked = OmegaConf.create({**had, "runs_dir": cfg.runs_dir, **chosen})
+    path = trained.newest(folder, cfg.step)
+    step, few_step = trained.state_of(path)
+    if few_step:
+        num_steps = asked.sampler.num_steps
+        other = trained.student_of(folder, num_steps)
+        way_out = "" if other is None else f", or step={other} for {num_steps}"
+        check_drawn(few_step, asked, had, way_out)
+    parts = parts_of(asked)
     device = torch.device("cuda" if cfg.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     if cfg.accelerator == "gpu" and device.type == "cpu":
         raise ValueError("accelerator=gpu, but torch sees none: choose accelerator=cpu")
-    return Loaded(parts, trained.load(parts, path, cfg.weights).to(device), parts.latent().to(device), device, path)
+    return Loaded(parts, trained.load(parts, path, cfg.weights).to(device), parts.latent().to(device), device, step)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 VERBATIM = ("path",)
 TOLERATED = 0.05  # of the norm of a profile
 REFUSED = 0.5
+COMMON = (1, 2, 4, 8)  # steps whose times are said of a student that takes any number
 
 
 def check(cfg: DictConfig) -> None:
@@ -55,13 +56,12 @@ def main(cfg: DictConfig) -> int:
         import torch
 
         from dit.train import trained
-        from dit.train.checkpoint import step_of
 
         about: dict[str, Any] = {"dit": __version__, "format": cfg.format, "precision": cfg.precision}
         if cfg.ema_std is None:
             source = trained.newest(folder, cfg.step)
             weights = trained.weights_of(source, cfg.weights)
-            about |= {"weights": cfg.weights, "step": step_of(source)}
+            about |= {"weights": cfg.weights, "step": trained.state_of(source).step}
         else:
             made = trained.reconstructed(folder, cfg.ema_std, cfg.step)
             weights = made.weights
@@ -76,10 +76,31 @@ def main(cfg: DictConfig) -> int:
             if made.misfit > TOLERATED:
                 print(f"dit: WARNING: that is much; take {way_out}")
         about |= {"parameters": sum(t.numel() for t in weights.values())}
+        record = _few_step(folder, had, about)
         about |= {"config": OmegaConf.to_container(had, resolve=True)}
-        export.native(path, _cast(weights, getattr(torch, cfg.precision)), about, overwrite=cfg.overwrite)
+        export.native(path, _cast(weights, getattr(torch, cfg.precision)), about, record, overwrite=cfg.overwrite)
     print(f"{about['parameters']:,} parameters of step {about['step']}, {cfg.precision}: {path}")
     return 0
+
+
+def _few_step(folder: Path, had: Any, about: dict[str, Any]) -> dict[str, Any] | None:
+    """How a student is drawn, and how well, which its configuration then says, too; None: it is none."""
+    from dit.train import trained
+    from dit.train.build import build
+
+    few_step = trained.few_step_at(folder, about["step"])
+    if few_step is None:
+        return None
+    had.sampler.num_steps = few_step.nearest(had.sampler.num_steps)
+    schedule, grid, measured = build(had.noise), build(had.grid), saved.summary_of(folder)
+    judged = about.get("weights") == "ema" and measured.get("step") == about["step"]
+    return {
+        **few_step._asdict(),
+        "path": OmegaConf.to_container(had.noise, resolve=True),
+        "prediction": OmegaConf.to_container(had.prediction, resolve=True),
+        "times": {n: grid(schedule, num_steps=n).tolist() for n in few_step.steps or COMMON},
+        "measured": {k: v for k, v in measured.items() if k not in saved.PROGRESS} if judged else {},
+    }
 
 
 def _cast(weights: "dict[str, Tensor]", dtype: Any) -> "dict[str, Tensor]":

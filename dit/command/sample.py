@@ -65,7 +65,6 @@ def tell_apart(cfg: DictConfig, suffix: str) -> None:
 def main(cfg: DictConfig) -> int:
     """Draw, write one picture, and say where it is; the exit code."""
     from dit.data.image import encode_png, grid
-    from dit.train.checkpoint import step_of
 
     with user_errors():
         run = load(cfg)
@@ -88,7 +87,7 @@ def main(cfg: DictConfig) -> int:
     kinds = max(len(labels), len(prompts))
     columns = min(kinds, 20) if kinds > 1 else 10
     out.write_bytes(encode_png(grid(images, min(columns, cfg.num_images))))
-    print(f"{cfg.num_images} images of step {step_of(run.checkpoint)}: {out}")
+    print(f"{cfg.num_images} images of step {run.step}: {out}")
     return 0
 
 

@@ -111,6 +111,7 @@ class DiT(nn.Module):
         class_tokens: so many tokens of the class stand before the image's (arXiv:2511.13720); 0: none.
         class_tokens_from: from this block on.
         lands: told where it will land, too, as flow maps are: `gap`. At first it does not heed it.
+        guided: told the scale of the guidance that it has learned, too: `scale`. At first it does not heed it.
         num_classes: number of classes; the label num_classes means none. 0: not told any.
         text_width: width of the text's embeddings; 0: not told any.
         pooled_width: width of a text's one embedding; 0: not told any.
@@ -144,6 +145,7 @@ class DiT(nn.Module):
         class_tokens: int = 0,
         class_tokens_from: int = 0,
         lands: bool = False,
+        guided: bool = False,
         num_classes: int = 0,
         text_width: int = 0,
         pooled_width: int = 0,
@@ -187,12 +189,14 @@ class DiT(nn.Module):
         self.class_tokens_from = class_tokens_from
         self.image_channels = image_channels
         self.lands = lands
+        self.guided = guided
         side, told = input_size // patch_size, in_channels + image_channels
 
         embed = partial(BottleneckPatchEmbed, bottleneck=bottleneck) if bottleneck else PatchEmbed
         self.x_embedder = embed(told, hidden_size, patch_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.gap_embedder = TimestepEmbedder(hidden_size) if lands else None
+        self.scale_embedder = TimestepEmbedder(hidden_size) if guided else None
         self.y_embedder = LabelEmbedder(num_classes, hidden_size) if num_classes else None
         self.text_embedder = TextEmbedder(text_width, hidden_size) if text_width else None
         self.pooled_embedder = nn.Linear(pooled_width, hidden_size) if pooled_width else None
@@ -212,13 +216,14 @@ class DiT(nn.Module):
 
     def reset_parameters(self) -> None:
         """The published initialization: Xavier for linear layers, N(0, 0.02) for embeddings, zero gates and output."""
-        zero = ("adaLN_modulation.1", "final_layer.linear", "cross_attn.proj", "t_block.1", "gap_embedder.mlp.2")
+        zero = ("adaLN_modulation.1", "final_layer.linear", "cross_attn.proj", "t_block.1")
+        zero += ("gap_embedder.mlp.2", "scale_embedder.mlp.2")
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 weight = module.weight.flatten(1)  # a patch is one long input
                 if name.endswith(zero):
                     nn.init.zeros_(weight)
-                elif name.startswith(("t_embedder", "gap_embedder")):
+                elif name.startswith(("t_embedder", "gap_embedder", "scale_embedder")):
                     nn.init.normal_(weight, std=0.02)
                 else:
                     nn.init.xavier_uniform_(weight)
@@ -251,6 +256,7 @@ class DiT(nn.Module):
         pooled: Tensor | None = None,
         image: Tensor | None = None,
         gap: Tensor | None = None,
+        scale: Tensor | None = None,
     ) -> Tensor:
         """The network's output.
 
@@ -263,6 +269,7 @@ class DiT(nn.Module):
             pooled: (B, W).
             image: (B, image_channels, H, W).
             gap: (B,), in [0, 1], of the time from here to where it will land; None: it lands here.
+            scale: (B,), of guidance; None: 1, which is none.
 
         Returns:
             (B, C or 2C, H, W).
@@ -276,6 +283,8 @@ class DiT(nn.Module):
         c = self.t_embedder(time)                                          # (B, D)
         if self.gap_embedder is not None:
             c = c + self.gap_embedder(torch.zeros_like(time) if gap is None else gap)
+        if self.scale_embedder is not None:
+            c = c + self.scale_embedder(torch.ones_like(time) if scale is None else scale)
         if self.y_embedder is not None:
             y = self.y_embedder(label)                                     # (B, D)
             c = c + y

@@ -8,8 +8,8 @@ from torch import Tensor
 from dit.noise.denoiser import Denoiser, expand_like
 from dit.noise.schedule import Schedule
 from dit.noise.step import point
-from dit.objective.objective import Batch, Objective
-from dit.objective.teacher import Teacher, check_start
+from dit.objective.objective import Batch, FewStep, Objective
+from dit.objective.teacher import Teacher, baked, check_start
 
 
 class Consistency(Objective):
@@ -61,6 +61,10 @@ class Consistency(Objective):
     def profiles(self) -> tuple[str, ...]:
         """The moving averages it asks for."""
         return () if self.target is None else (self.target,)
+
+    def few_step(self, step: int | None = None) -> FewStep:
+        """In any number of steps."""
+        return FewStep("consistency", "consistency", None, baked(self.teacher))
 
     def check(self, denoiser: Denoiser) -> None:
         """Refuse a student whose x0 cannot be had at t_max."""

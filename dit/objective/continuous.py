@@ -9,8 +9,8 @@ from dit.noise.denoiser import Denoiser, expand_like
 from dit.noise.prediction import Estimate
 from dit.noise.schedule import Schedule
 from dit.objective.derivative import Derivative
-from dit.objective.objective import Batch, Objective
-from dit.objective.teacher import Teacher, check_start, explained
+from dit.objective.objective import Batch, FewStep, Objective
+from dit.objective.teacher import Teacher, baked, check_start, explained
 
 
 class ContinuousConsistency(Objective):
@@ -57,6 +57,10 @@ class ContinuousConsistency(Objective):
         self.c = c
         self.weigh_noise = weigh_noise
         self.uncertainty = uncertainty
+
+    def few_step(self, step: int | None = None) -> FewStep:
+        """In any number of steps."""
+        return FewStep("continuous_consistency", "consistency", None, baked(self.teacher))
 
     def check(self, denoiser: Denoiser) -> None:
         """Refuse what is not on the quarter circle."""

@@ -1,12 +1,43 @@
 """The derivative of a network along a direction, without a gradient: exact, or by differences."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dit.noise.denoiser import Denoiser
+
 Derivative = Callable[[Callable[..., Tensor], Sequence[Tensor], Sequence[Tensor]], Tensor]
+
+
+def check(derivative: object, denoiser: Denoiser, x: Tensor, cond: Mapping[str, Tensor]) -> None:
+    """See, for `jvp`, that all of a network has a forward derivative; other derivatives ask for nothing.
+
+    Args:
+        derivative: of an objective.
+        denoiser: on the meta device, where nothing is computed.
+        x: of the right size, there.
+        cond: the same.
+
+    Raises:
+        ValueError: if something has none, such as a kernel of attention, with the way out.
+    """
+    if not is_exact(derivative):
+        return
+    t = torch.empty(len(x), device=x.device)
+    try:
+        jvp(lambda x, t: denoiser(x, t, **cond).eps, (x, t), (x, t))
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"objective/derivative=jvp: the network {type(denoiser.network).__name__} has no forward derivative "
+            f"({' '.join(str(error).split())[:120]}): take objective/derivative=central"
+        ) from error
+
+
+def is_exact(derivative: object) -> bool:
+    """Whether it is `jvp`."""
+    return getattr(derivative, "func", derivative) is jvp
 
 
 @torch.no_grad()

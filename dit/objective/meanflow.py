@@ -10,8 +10,8 @@ from dit.noise.prediction import Estimate
 from dit.noise.schedule import Schedule
 from dit.noise.step import point
 from dit.objective.derivative import Derivative
-from dit.objective.objective import Batch, Objective
-from dit.objective.teacher import Teacher, check_flow_map, explained
+from dit.objective.objective import Batch, FewStep, Objective
+from dit.objective.teacher import Teacher, baked, check_flow_map, explained
 
 
 class MeanFlow(Objective):
@@ -57,6 +57,10 @@ class MeanFlow(Objective):
         self.own_direction = own_direction
         self.power = power
         self.c = c
+
+    def few_step(self, step: int | None = None) -> FewStep:
+        """In any number of steps."""
+        return FewStep("meanflow", "flow_map", None, baked(self.teacher))
 
     def check(self, denoiser: Denoiser) -> None:
         """Refuse what is no flow map."""

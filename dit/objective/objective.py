@@ -1,7 +1,7 @@
 """The interface of a training objective."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -18,6 +18,19 @@ class Batch(NamedTuple):
     draw: Draw  # the step's random numbers
     # A profile of the moving average -> for the length of a `with`, the network has its weights; None: its own.
     lent: Callable[[str | None], AbstractContextManager[Any]] = nullcontext
+
+
+class FewStep(NamedTuple):
+    """How a student is drawn, since it can be drawn in no other way."""
+
+    method: str
+    sampler: str | None  # of conf/sampler; None: any
+    steps: Sequence[int] | None  # the numbers of steps that it can take; None: any
+    guidance: float | Sequence[float]  # the scale that it has for good, 1: none; or the first and last it may be told
+
+    def nearest(self, num_steps: int) -> int:
+        """A number of steps that it can take."""
+        return num_steps if self.steps is None else min(self.steps, key=lambda n: abs(n - num_steps))
 
 
 class Objective(nn.Module, ABC):
@@ -38,6 +51,10 @@ class Objective(nn.Module, ABC):
     def profiles(self) -> tuple[str, ...]:
         """The profiles of the moving average that it borrows, through `Batch.lent`, before it calls for a gradient."""
         return ()
+
+    def few_step(self, step: int | None = None) -> FewStep | None:
+        """How a network is drawn that it has taught for so many steps, None: to the end; None: as any denoiser."""
+        return None
 
     def check(self, denoiser: Any) -> None:
         """Refuse, before anything is trained, a denoiser that cannot be trained so.

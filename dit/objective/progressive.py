@@ -8,8 +8,8 @@ from torch import Tensor
 from dit.noise.denoiser import Denoiser
 from dit.noise.schedule import Schedule
 from dit.noise.step import point, secant, step
-from dit.objective.objective import Batch, Objective
-from dit.objective.teacher import Teacher, check_start
+from dit.objective.objective import Batch, FewStep, Objective
+from dit.objective.teacher import Teacher, baked, check_start
 
 
 class Progressive(Objective):
@@ -60,6 +60,11 @@ class Progressive(Objective):
         """That of the stage before."""
         return (self.before,) if self.num_stages > 1 else ()
 
+    def few_step(self, step: int | None = None) -> FewStep:
+        """In the number of steps of the stage that it is in, or has just ended."""
+        stage = self.num_stages - 1 if step is None else self._stage(max(step - 1, 0))
+        return FewStep("progressive", "flow_map", [self._num_steps(stage)], baked(self.teacher))
+
     def check(self, denoiser: Denoiser) -> None:
         """Refuse a student whose x0 cannot be had at t_max."""
         check_start(denoiser)
@@ -68,8 +73,8 @@ class Progressive(Objective):
     def phases(self, denoiser: Denoiser, batch: Batch, step: int) -> Iterator[tuple[str, Tensor]]:
         """One phase, for the denoiser."""
         x0, schedule = batch.x0, denoiser.schedule
-        stage = min(step // self.stage_steps, self.num_stages - 1)
-        num_steps = 2 ** (self.num_stages - 1 - stage)
+        stage = self._stage(step)
+        num_steps = self._num_steps(stage)
         times = self.grid(schedule, num_steps=2 * num_steps).to(x0.device)
         n = (batch.draw.uniform("t") * num_steps).long().clamp(max=num_steps - 1)  # (B,)
         t, between, s = times[2 * n], times[2 * n + 1], times[2 * n + 2]
@@ -83,6 +88,12 @@ class Progressive(Objective):
         target = secant(schedule, x_t, x_s, t, s).x0
         error = (denoiser(x_t, t, **batch.cond).x0 - target).square().flatten(1).mean(dim=1)  # (B,)
         yield "denoiser", (self.weight(schedule, t).to(error) * error).mean()
+
+    def _stage(self, step: int) -> int:
+        return min(step // self.stage_steps, self.num_stages - 1)
+
+    def _num_steps(self, stage: int) -> int:
+        return 2 ** int(self.num_stages - 1 - stage)
 
     def _itself(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, batch: Batch) -> Tensor:
         """x_s by a step of the student as it was."""

@@ -9,8 +9,8 @@ from dit.noise.denoiser import Denoiser, expand_like
 from dit.noise.prediction import Estimate
 from dit.noise.schedule import Schedule
 from dit.noise.step import point
-from dit.objective.objective import Batch, Objective
-from dit.objective.teacher import Teacher, check_flow_map, explained
+from dit.objective.objective import Batch, FewStep, Objective
+from dit.objective.teacher import Teacher, baked, check_flow_map, explained
 
 
 class Shortcut(Objective):
@@ -59,6 +59,10 @@ class Shortcut(Objective):
     def profiles(self) -> tuple[str, ...]:
         """The moving averages it asks for."""
         return () if self.target is None else (self.target,)
+
+    def few_step(self, step: int | None = None) -> FewStep:
+        """In as many steps as fit, one after the other, into the whole."""
+        return FewStep("shortcut", "flow_map", [2**k for k in range(self.most + 1)], baked(self.teacher))
 
     def check(self, denoiser: Denoiser) -> None:
         """Refuse what is no flow map."""

@@ -28,6 +28,7 @@ class Teacher:
         guidance: denoiser -> guided denoiser, (x_t, t, **cond) -> (x0, eps), in the times of the student; None: none.
         solver: of its trajectories: `euler`, which is DDIM, or `heun`, of second order, which asks twice a step.
         num_substeps: of the solver for one step of the student.
+        scale: of the guidance, which students of it have for good; 1 is none.
 
     Raises:
         ValueError: if there is no such solver, or num_substeps is less than 1.
@@ -39,6 +40,7 @@ class Teacher:
         guidance: Callable[[Denoiser], Denoise] | None = None,
         solver: str = "heun",
         num_substeps: int = 1,
+        scale: float = 1.0,
     ):
         if solver not in SOLVERS:
             raise ValueError(f"objective.teacher.solver={solver}: choose one of {', '.join(SOLVERS)}")
@@ -48,6 +50,7 @@ class Teacher:
         self.guidance = guidance or (lambda denoiser: denoiser)
         self.solver = solver
         self.num_substeps = num_substeps
+        self.scale = scale
         self._on: tuple[Schedule, Denoise] | None = None  # the last one asked for
 
     def step(self, schedule: Schedule, x_t: Tensor, t: Tensor, s: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
@@ -102,6 +105,11 @@ def explained(
 ) -> Estimate:
     """What is said of x_t: by a teacher, or where there is none by the sample itself."""
     return sample if teacher is None else teacher.on(schedule)(x_t, t, **cond)
+
+
+def baked(teacher: Teacher | None) -> float:
+    """The scale of guidance that a student has of its teacher."""
+    return 1.0 if teacher is None else teacher.scale
 
 
 def absent(**options: object) -> None:

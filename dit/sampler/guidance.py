@@ -68,16 +68,19 @@ class Guidance(ABC):
     def pair(self, x_t: Tensor, t: Tensor, s: Tensor | None, cond: Mapping[str, Tensor]) -> tuple[Estimate, Estimate]:
         """The estimate of the denoiser, and the worse one."""
 
-    def __call__(self, x_t: Tensor, t: Tensor, s: Tensor | None = None, **cond: Tensor) -> Estimate:
-        """The guided estimate of (x0, eps)."""
+    def __call__(
+        self, x_t: Tensor, t: Tensor, s: Tensor | None = None, scale: Tensor | None = None, **cond: Tensor
+    ) -> Estimate:
+        """The guided estimate of (x0, eps); scale, (B,), takes the place of the one for all."""
         first, last = self.interval or (0.0, math.inf)
         inside = (first <= t) & (t <= last)
-        if self.scale == 1 or not inside.any():
+        wanted = self.scale if scale is None else scale.double()
+        if (scale is None and self.scale == 1) or not inside.any():
             estimate = self.denoiser(x_t, t, s, **cond)
         else:
             told, worse = self.pair(x_t, t, s, cond)
-            scale = expand_like((1 + (self.scale - 1) * inside.double()).to(x_t.dtype), x_t)
-            x0, eps = (b + scale * (a - b) for a, b in ((told.x0, worse.x0), (told.eps, worse.eps)))
+            factor = expand_like((1 + (wanted - 1) * inside.double()).to(x_t.dtype), x_t)
+            x0, eps = (b + factor * (a - b) for a, b in ((told.x0, worse.x0), (told.eps, worse.eps)))
             estimate = Estimate(x0, eps, told.variance)
             if self.rescale:
                 estimate = self._with_x0(torch.lerp(x0, x0 * _std(told.x0) / _std(x0), self.rescale), estimate, x_t, t)
@@ -131,6 +134,30 @@ class ClassifierFree(Guidance):
             for ours, theirs in ((nothing.x0, told.x0), (nothing.eps, told.eps)):
                 ours[:, self.channels :] = theirs[:, self.channels :]
         return told, nothing
+
+
+class Told:
+    """No guidance, but a network that was taught what it leads to, by its scale (`model.guided`): arXiv:2210.03142.
+
+    Args:
+        denoiser: (x_t, t, scale=..., **cond) -> (x0, eps).
+        null: unused.
+        scale: what the network is told; 1 is no guidance.
+
+    Raises:
+        ValueError: if the network is not told any.
+    """
+
+    def __init__(self, denoiser: Denoiser, null: Null, *, scale: float = 1.0):
+        if not getattr(denoiser.network, "guided", False):
+            raise ValueError("guidance=told is for a network with model.guided=true: take guidance=classifier_free")
+        self.denoiser = denoiser
+        self.scale = scale
+
+    def __call__(self, x_t: Tensor, t: Tensor, s: Tensor | None = None, **cond: Tensor) -> Estimate:
+        """The estimate of (x0, eps) that the network knows to be guided."""
+        estimate: Estimate = self.denoiser(x_t, t, s, scale=x_t.new_full((len(x_t),), self.scale), **cond)
+        return estimate
 
 
 class Autoguidance(Guidance):

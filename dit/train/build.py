@@ -161,9 +161,10 @@ class Parts:
         *,
         seed: int,
         batch_size: int,
+        num_steps: int | None = None,
         within: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> Subject:
-        """What metrics judge: a denoiser as it is sampled, each call within a context."""
+        """What metrics judge: a denoiser as it is sampled, each call within a context; num_steps as in `pipeline`."""
 
         def asked(samples: Samples) -> tuple[Mapping[str, Any], Draw]:
             number = len(next(iter(samples.values())))
@@ -176,7 +177,9 @@ class Parts:
         def draw(samples: Samples) -> Tensor:
             with within():
                 fields, keyed = asked(samples)
-                return self.pipeline(denoiser, latent)(fields, len(keyed.lanes), seed=seed, batch_size=batch_size)
+                return self.pipeline(denoiser, latent, num_steps)(
+                    fields, len(keyed.lanes), seed=seed, batch_size=batch_size
+                )
 
         def denoise(x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Estimate:
             device = next(denoiser.parameters()).device
@@ -189,9 +192,10 @@ class Parts:
     def export(self, denoiser: Denoiser, data: Any, folder: Path) -> None:
         """Write to a run's folder, at its end, what others need of it; nothing."""
 
-    def pipeline(self, denoiser: Denoiser, latent: Latent) -> Pipeline:
-        """From what is asked for to pictures, with the configured sampler, grid and guidance."""
-        return Pipeline(denoiser, self.condition, latent, self._guidance, self._sampler, self.grid)
+    def pipeline(self, denoiser: Denoiser, latent: Latent, num_steps: int | None = None) -> Pipeline:
+        """From what is asked for to pictures, with the configured sampler, grid and guidance, in the steps, too."""
+        grid = self.grid if num_steps is None else partial(self.grid, num_steps=num_steps)
+        return Pipeline(denoiser, self.condition, latent, self._guidance, self._sampler, grid)
 
 
 def parts_of(cfg: DictConfig) -> Any:

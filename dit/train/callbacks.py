@@ -345,6 +345,8 @@ class Checkpoints(Callback):
                 if guard.good:
                     guard.forgive()
                 state = {"step": step, "recorder": self.recorder.state(), "guard": guard.state()}
+                if few_step := pl_module.objective.few_step(step):
+                    state["few_step"] = few_step._asdict()
                 self.saver.save(step, pl_module.strategy.saved(pl_module), state, wait=last)
             if last and self.snapshooter:
                 self.snapshooter.wait()

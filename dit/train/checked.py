@@ -5,9 +5,11 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig
 
 from dit.metric.subject import check_given
+from dit.objective import derivative as derivatives
 from dit.objective.objective import Objective
 from dit.train.build import PIXELS, build, parts_of
 from dit.train.devices import strategy_of
+from dit.train.drawn import check_drawn
 from dit.train.layout import Layout, divided
 from dit.train.strategy import Strategy
 
@@ -39,6 +41,8 @@ def checked(cfg: DictConfig, layout: Layout) -> Checked:
     data, parts, objective, strategy = build(cfg.data), parts_of(cfg), build(cfg.objective), strategy_of(options)
     denoiser = parts.denoiser("meta")
     objective.check(denoiser)
+    if few_step := objective.few_step():
+        check_drawn(few_step, cfg)
     for name in objective.profiles:
         if name not in (there := cfg.ema.profiles):
             raise ValueError(
@@ -46,6 +50,8 @@ def checked(cfg: DictConfig, layout: Layout) -> Checked:
                 "ema= that conf/objective names for it, or leave the target to the network's own weights"
             )
     strategy.check(options, denoiser, objective)
+    if (derivative := getattr(objective, "derivative", None)) is not None:
+        _check_derivative(derivative, parts, options)
     strategy.arrange(denoiser.network, options)
     build(cfg.learning_rate)(0)
     if cfg.metric:
@@ -53,6 +59,26 @@ def checked(cfg: DictConfig, layout: Layout) -> Checked:
         if data.held_out is None:
             raise ValueError("data.held_out=null, but the metric needs held-out images: give a folder, or metric=none")
     return Checked(data, parts, objective, denoiser, strategy, num_micro_batches)
+
+
+def _check_derivative(derivative: object, parts: Any, options: DictConfig) -> None:
+    """See that the network, spread so, can be differentiated.
+
+    Raises:
+        ValueError: if not, with the way out.
+    """
+    from dit.train.cost import inputs_of  # which takes a while to import
+
+    way_out = "take objective/derivative=central, or trainer=fsdp"
+    if derivatives.is_exact(derivative):
+        if options.strategy == "zero3":
+            raise ValueError(f"objective/derivative=jvp does not reach through trainer.strategy=zero3: {way_out}")
+        if (size := options.tensor_parallel_size) > 1:
+            raise ValueError(
+                f"objective/derivative=jvp does not reach through trainer.tensor_parallel_size={size}: {way_out}"
+            )
+    (x, _), cond = inputs_of(parts, 1, "meta")
+    derivatives.check(derivative, parts.denoiser("meta"), x, cond)
 
 
 def build_trained(cfg: DictConfig, denoiser: Any) -> None:

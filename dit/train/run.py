@@ -27,11 +27,12 @@ from dit.train.devices import layout_of, settled
 from dit.train.encoding import check_encoded, identity
 from dit.train.environment import gathered
 from dit.train.files import replace, rewound
+from dit.train.published import beginning
 from dit.train.same import differences
+from dit.train.saved import PROGRESS, summary_of
 from dit.train.strategy import Strategy
 from dit.train.watchdog import Watchdog
 from dit.train.world import Lost, World, is_connection
-from dit.weights.convert import fitted
 
 if TYPE_CHECKING:  # importing lightning takes seconds, which a mistake in the configuration need not wait for
     from lightning.pytorch import Trainer
@@ -40,8 +41,6 @@ if TYPE_CHECKING:  # importing lightning takes seconds, which a mistake in the c
     from dit.train.module import DiffusionModule
     from dit.train.preemption import Preemption
 
-# The figures of a summary that no metric gave.
-PROGRESS = {"step", "loss", "images_per_second", "skipped", "replaced", "goodput"}
 LOCK_SECONDS = 180.0
 
 
@@ -110,18 +109,7 @@ class Run:
 
     def _initial(self, network: nn.Module) -> dict[str, Tensor]:
         """The weights to begin with, as the network needs them."""
-        init = self.cfg.init
-        for key, value in init.get("needs", {}).items():
-            if (found := self.cfg[key]._target_) != value:
-                wanted, other = (target.rpartition(".")[2] for target in (value, found))
-                raise ValueError(
-                    f"init.path={init.path} was trained with {key}={wanted.lower()}, but this run has {other.lower()}: "
-                    "take the same, or other weights"
-                )
-        try:
-            return fitted(build({name: value for name, value in init.items() if name != "needs"})(), network)
-        except ValueError as error:
-            raise ValueError(f"init.path={init.path}: {error}") from error
+        return beginning(self.cfg.init, self.cfg.noise, self.cfg.prediction, network)
 
     def _denoiser(self) -> Any:
         """The denoiser, or what stands for it; without weights, where its network can draw them afterwards."""
@@ -210,9 +198,8 @@ class Run:
         Returns:
             The exit code if a signal ended the run early, or None.
         """
-        summary = self.folder / "summary.json"
         try:
-            before = self.world.once(lambda: _read(summary))
+            before = self.world.once(lambda: summary_of(self.folder))
             judged = bool(before.keys() - PROGRESS) or not self.cfg.metric
             if before.get("step") == self.step == self.cfg.trainer.max_steps and judged:
                 self.world.say(f"dit: {self.folder} is complete at step {self.step}")
@@ -402,10 +389,17 @@ class Run:
             module.denoiser.train()
 
     def _subject(self, module: "DiffusionModule", trainer: "Trainer") -> Subject:
-        """What was trained, as metrics judge it."""
+        """What was trained, as metrics judge it; a student in as many steps as it has learned so far."""
         within = partial(self._as_sampled, module, trainer)
         options = {"seed": self.cfg.seed, "batch_size": self.cfg.evaluation.batch_size, "within": within}
+        if (num_steps := self._num_steps(module)) is not None:
+            options["num_steps"] = num_steps
         return self.parts.subject(module.denoiser, module.latent, **options)
+
+    def _num_steps(self, module: "DiffusionModule") -> int | None:
+        """In how many steps a student is drawn; None: it is none."""
+        few_step = self.objective.few_step(module.step)
+        return few_step and few_step.nearest(self.cfg.sampler.num_steps)
 
     def _finish(
         self,
@@ -448,7 +442,8 @@ class Run:
         train, held_out = self.data.read("train"), self.data.read("held_out")
         subject, number = self._subject(module, trainer), self.cfg.evaluation.num_images
         figures: dict[str, Any] = build(self.cfg.metric)(subject, train, held_out, num_images=number)
-        return figures
+        num_steps = self._num_steps(module)
+        return figures if num_steps is None else {**figures, "num_steps": num_steps}
 
 
 def _shown(subject: Subject, samples: Samples, columns: int) -> Tensor:
@@ -458,15 +453,6 @@ def _shown(subject: Subject, samples: Samples, columns: int) -> Tensor:
         return drawn
     rows = zip(samples["image"].split(columns), drawn.split(columns), strict=True)
     return torch.cat([images for row in rows for images in row])
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """What a file of JSON says; nothing if it is not there, or damaged."""
-    try:
-        told = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return told if isinstance(told, dict) else {}
 
 
 def _report(folder: Path, summary: dict[str, Any]) -> None:

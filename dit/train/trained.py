@@ -1,6 +1,7 @@
-"""What a run has learned: its parts and its weights."""
+"""What a run or an export has learned: its parts and its weights."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,21 +10,28 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from dit.noise.denoiser import Denoiser
+from dit.objective.objective import FewStep
 from dit.objective.teacher import Teacher
-from dit.sampler.guidance import ClassifierFree
+from dit.sampler.guidance import ClassifierFree, Told
 from dit.train import checkpoint, saved
 from dit.train.build import Parts
 from dit.train.kind import check_denoiser
+from dit.weights.convert import read
+from dit.weights.export import FEW_STEP, WEIGHTS
 from dit.weights.post_hoc import Average, fit, reconstruct
 
 
 def newest(folder: Path, step: int | None = None) -> Path:
-    """The newest intact checkpoint of a run's folder, or that of a step.
+    """The newest intact checkpoint of a run's folder, or that of a step; an export is its own.
 
     Raises:
         ValueError: if there is none.
         CheckpointError: if there are checkpoints but none is intact.
     """
+    if about := saved.exported(folder):
+        if step not in (None, about["step"]):
+            raise ValueError(f"{folder} is an export of step {about['step']}, and has no step={step}")
+        return folder
     root = folder / "checkpoints"
     if step is None:
         path = checkpoint.newest(root)
@@ -55,11 +63,62 @@ def weights_of(path: Path, name: str = "ema") -> dict[str, Tensor]:
     """The weights of a checkpoint by the network's names, whole and on the CPU.
 
     Args:
-        path: the checkpoint.
+        path: the checkpoint, or an export, which has but one of them.
         name: of an average, or `model` for the raw weights.
+
+    Raises:
+        ValueError: if an export has others.
     """
+    if about := saved.exported(path):
+        if name != about["weights"]:
+            raise ValueError(f"weights={name}, but {path} is an export of weights={about['weights']}")
+        return read(path / WEIGHTS)
     raw = checkpoint.load_weights(path, "model")  # with what is not averaged
     return raw if name == "model" else raw | checkpoint.load_weights(path, name)
+
+
+class State(NamedTuple):
+    """What there is beside the weights of a checkpoint or an export."""
+
+    step: int
+    few_step: FewStep | None  # how a student is drawn
+
+
+def state_of(path: Path) -> State:
+    """That of a checkpoint or an export.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    if about := saved.exported(path):
+        file = path / FEW_STEP
+        try:
+            return State(about["step"], _few_step(json.loads(file.read_bytes()) if file.exists() else None))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is damaged, export it again: {error}") from error
+    state = checkpoint.load_state(path)
+    return State(state["step"], _few_step(state.get("few_step")))
+
+
+def student_of(folder: Path, num_steps: int) -> int | None:
+    """The step of a run's newest checkpoint of a student that is drawn in so many steps; None: there is none."""
+    for path in reversed([] if saved.exported(folder) else checkpoint.committed(folder / "checkpoints")):
+        step, few_step = state_of(path)
+        if few_step and few_step.steps is not None and num_steps in few_step.steps:
+            return step
+    return None
+
+
+def few_step_at(folder: Path, step: int) -> FewStep | None:
+    """How the student of a step is drawn, be there a checkpoint or a snapshot of it; None: it is none."""
+    if saved.exported(folder):
+        return state_of(folder).few_step
+    paths = checkpoint.committed(folder / "checkpoints")
+    return state_of(next(path for path in paths if checkpoint.step_of(path) >= step)).few_step
+
+
+def _few_step(record: Mapping[str, Any] | None) -> FewStep | None:
+    return None if record is None else FewStep(**{name: record[name] for name in FewStep._fields})
 
 
 class Reconstructed(NamedTuple):
@@ -113,7 +172,7 @@ def initial(path: str, weights: str = "ema") -> dict[str, Tensor]:
     """The weights of a run, for another to begin with: what conf/init/run.yaml names.
 
     Args:
-        path: the run's folder.
+        path: the run's folder, or an export's.
         weights: the name of an average, or `model` for the raw weights.
 
     Raises:
@@ -132,22 +191,25 @@ def teacher(
     needs: Mapping[str, Any] | None = None,
     solver: str = "heun",
     num_substeps: int = 1,
+    scale: float = 1.0,
     **guidance: Any,
 ) -> Teacher:
     """A run by its name, guided, for a student to follow.
 
     Args:
-        run: its name.
+        run: its name; or that of an export's folder.
         runs_dir: the folder of runs.
         weights: the name of an average, or `model` for the raw weights.
         step: of the checkpoint; None: the newest.
         needs: what the student has of the configuration, by dotted keys, and the teacher must have, too.
         solver: of its trajectories, see `Teacher`.
         num_substeps: the same.
-        **guidance: of `ClassifierFree`: scale, 1 is none, interval and so on.
+        scale: of guidance, 1 is none; of one that is told it, what it is told.
+        **guidance: the other options of `ClassifierFree`.
 
     Raises:
-        ValueError: if there is no such run or checkpoint, or the student is of another kind.
+        ValueError: if there is no such run or checkpoint, or the student is of another kind, or guidance would be
+            applied twice.
     """
     folder = Path(runs_dir) / run
     parts = _parts(folder)
@@ -157,8 +219,24 @@ def teacher(
                 f"objective.teacher.run={run} was trained with {key}={theirs}, but this run has {ours}: a student is "
                 "told and draws what its teacher is; take the same, or another teacher"
             )
-    guided = partial(ClassifierFree, null=parts.condition.null, **guidance)
-    return Teacher(load(parts, newest(folder, step), weights), guided, solver, num_substeps)
+    path = newest(folder, step)
+    had, kind = state_of(path).few_step, ClassifierFree
+    if had and isinstance(had.guidance, Sequence):
+        first, last = had.guidance
+        if not first <= scale <= last:
+            raise ValueError(
+                f"objective.teacher.scale={scale}: {run} is told a scale of {first:g} to {last:g}: take one"
+            )
+        kind, guidance = Told, {}
+    elif had and had.guidance != 1:
+        if scale != 1:
+            raise ValueError(
+                f"objective.teacher.scale={scale} would guide twice: {run} has guidance of scale {had.guidance:g} for "
+                "good; take objective.teacher.scale=1"
+            )
+        return Teacher(load(parts, path, weights), None, solver, num_substeps, had.guidance)
+    guided = partial(kind, null=parts.condition.null, scale=scale, **guidance)
+    return Teacher(load(parts, path, weights), guided, solver, num_substeps, scale)
 
 
 def denoiser(run: str, runs_dir: str = "runs", weights: str = "ema", step: int | None = None) -> Denoiser:

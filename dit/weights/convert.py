@@ -255,7 +255,8 @@ def fitted(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]
     """The weights as a network needs them, for `load_state_dict`.
 
     A table of positions of another resolution is interpolated, one that is not there is the fixed one; a learned
-    variance is dropped where the network has none; a network that is told where it lands does not heed it at first.
+    variance is dropped where the network has none; a network that is told where it lands, or the scale of guidance,
+    does not heed it at first.
 
     Args:
         state: a state dict with our names, which stays as it is.
@@ -278,7 +279,7 @@ def fitted(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]
         if new["pos_embed"].shape[::2] == (1, width):
             new["pos_embed"] = interpolated(new["pos_embed"], round(tokens**0.5))
     for name, value in needed.items():
-        if name.startswith("gap_embedder.") and name not in new:
+        if name.startswith(("gap_embedder.", "scale_embedder.")) and name not in new:
             new[name] = _unheeded(name, value)
     learn_sigma, channels = getattr(network, "learn_sigma", None), getattr(network, "out_channels", 0)
     for name in OUTPUTS:
@@ -326,8 +327,8 @@ def _part(state: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def _unheeded(name: str, like: Tensor) -> Tensor:
-    """A tensor of a new gap embedder, whose second layer is zero, and whose first must not be."""
-    if name != "gap_embedder.mlp.0.weight":
+    """A tensor of a new embedder, whose second layer is zero, and whose first must not be."""
+    if not name.endswith(".mlp.0.weight"):
         return torch.zeros(like.shape)
     return 0.02 * torch.randn(like.shape, generator=torch.Generator().manual_seed(0))
 

@@ -11,15 +11,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+FEW_STEP = "few_step.json"  # how a student is drawn
 
 
-def native(path: Path, weights: "Mapping[str, Tensor]", config: Mapping[str, Any], *, overwrite: bool = False) -> None:
+def native(
+    path: Path,
+    weights: "Mapping[str, Tensor]",
+    config: Mapping[str, Any],
+    few_step: Mapping[str, Any] | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
     """A folder with `model.safetensors` and `config.json`, written aside and renamed, so that it is there whole or not.
 
     Args:
         path: the folder.
         weights: by name, on the CPU.
         config: what JSON can say.
+        few_step: the same, of how a student is drawn, for `few_step.json`; None: it is none.
         overwrite: take the place of such a folder.
 
     Raises:
@@ -36,6 +45,8 @@ def native(path: Path, weights: "Mapping[str, Tensor]", config: Mapping[str, Any
     # Copies, since safetensors refuses what shares memory.
     save_file({name: t.clone().contiguous() for name, t in weights.items()}, partial / WEIGHTS, {"format": "pt"})
     (partial / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+    if few_step is not None:
+        (partial / FEW_STEP).write_text(json.dumps(few_step, indent=1) + "\n")
     for file in (*partial.iterdir(), partial):
         sync(file)
     if path.exists():
@@ -53,7 +64,7 @@ def check_free(path: Path, overwrite: bool) -> None:
     """
     if not path.exists() and not path.is_symlink():
         return
-    if path.is_symlink() or not path.is_dir() or {file.name for file in path.iterdir()} - {WEIGHTS, CONFIG}:
+    if path.is_symlink() or not path.is_dir() or {file.name for file in path.iterdir()} - {WEIGHTS, CONFIG, FEW_STEP}:
         raise ValueError(f"path={path} exists and is no export: choose another path")
     if not overwrite:
         raise ValueError(f"path={path} exists: choose another path, or overwrite=true to replace it")
