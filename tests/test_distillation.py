@@ -106,6 +106,25 @@ def test_two_processes_give_the_numbers_of_one(together):
         assert all(found[name] <= most for name, most in tolerance.items()), (key, found)
 
 
+@pytest.mark.parametrize("objective", ["meanflow", pytest.param("shortcut", marks=pytest.mark.slow)])
+def test_a_unet_is_told_where_it_lands(tmp_path, digits_dir, objective):
+    """And its dropout is no hindrance; it learns to heed it."""
+    cfg = compose(
+        "train",
+        [
+            *("experiment=digits", "run=unet", f"runs_dir={tmp_path}", f"data_dir={digits_dir}", "metric=none"),
+            *("model=unet_digits", "model.lands=true", "model.model_channels=8", "model.head_channels=8"),
+            *("model.dropout=0.1", "noise=flow", "prediction=flow", "sampler=flow_map", "sampler.num_steps=2"),
+            *(f"objective={objective}", "objective/teacher=data", "learning_rate=constant", "optimizer.lr=1e-3"),
+            *("trainer.max_steps=4", "trainer.batch_size=32", "trainer.log_every_steps=1", "logger=none"),
+            *("data.num_workers=0", "trainer.preview_every_steps=4"),
+        ],
+    )
+    assert train_together([cfg], 1) == 0
+    assert weights(cfg)["model"]["gap_embedder.mlp.2.weight"].abs().max() > 0
+    assert [line["step"] for line in lines(cfg)] == [1, 2, 3, 4] and list((tmp_path / "unet" / "samples").iterdir())
+
+
 def test_a_student_begins_as_its_teacher(student):
     """Whatever path it is on, and whatever it is told besides."""
     from dit.train.build import Parts
