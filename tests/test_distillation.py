@@ -1,15 +1,19 @@
 """Students of a run: they begin as their teacher, go on bit-equal, and have the same numbers in two processes."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 from together import differences, lines, train_together, weights
 
 from dit.command.compose import ConfigError, compose
 from dit.command.dry_run import sound
+from dit.train import checkpoint
 from dit.train.layout import assumed_layout
+from dit.weights.lora import merged
 
 STUDENTS = {
     "consistency": ["objective.target=target", "ema=target"],
@@ -20,6 +24,7 @@ STUDENTS = {
     "central": ["objective/derivative=central", "objective.own_direction=true", "experiment=digits_meanflow"],
     "shortcut": [],
     "continuous_consistency": ["objective.warmup_steps=4"],
+    "lora": ["adapter=lora", "adapter.rank=4", "experiment=digits_consistency_lora"],
 }
 STEPS, STOP = 12, 7  # in the midst of the second stage of three
 
@@ -85,7 +90,12 @@ def test_a_student_goes_on_bit_equal(student, method):
 @pytest.fixture(scope="module")
 def together(student):
     """Each student by one process and, with some strategies, by two."""
-    strategies = {"ddp": STUDENTS, "fsdp": STUDENTS, "zero2": ["consistency", "progressive", "central", "shortcut"]}
+    strategies = {
+        "ddp": STUDENTS,
+        "fsdp": STUDENTS,
+        "zero2": ["consistency", "progressive", "central", "shortcut", "lora"],
+        "zero3": ["lora"],
+    }
     single = {method: student(method, f"{method}-one") for method in STUDENTS}
     double = {
         (method, name): student(method, f"{method}-{name}", f"trainer={name}")
@@ -143,6 +153,45 @@ def test_a_student_begins_as_its_teacher(student):
         with torch.no_grad():
             ours, theirs = denoiser.eval()(x, t, **told), teacher.on(denoiser.schedule)(x, t, **told)
         torch.testing.assert_close(ours.x0, theirs.x0, rtol=1e-4, atol=1e-5)
+
+
+def test_a_student_with_an_adapter(student, monkeypatch):
+    """The adapter alone is trained; what is drawn, begun with and followed has it merged, and knows no peft."""
+    from dit.command.export import main
+    from dit.train import trained
+    from dit.train.build import Parts
+    from dit.train.run import Run
+
+    cfg = student("lora", "adapted", steps=3)
+    run = Run(cfg)
+    plain = trained.initial(cfg.init.path)
+    assert all(torch.equal(value, plain[name]) for name, value in merged(run.init).items())
+    run.prepare()
+    assert run.fit() is None
+
+    folder = Path(cfg.runs_dir) / "adapted"
+    path = trained.newest(folder)
+    averages, frozen = (checkpoint.load_weights(path, group) for group in ("ema", "model"))
+    assert averages and all(".lora_" in name for name in averages)
+    assert {name.rpartition("/")[0] for name in checkpoint.layout(path, "optimizer")} == averages.keys()
+    names = {name: name.replace(".base_layer", "") for name in frozen.keys() - averages.keys()}
+    assert all(torch.equal(frozen[name], plain[short]) for name, short in names.items())
+
+    monkeypatch.setitem(sys.modules, "peft", None)
+    weights = trained.initial(str(folder))
+    assert weights.keys() == plain.keys()
+    changed = {name for name in plain if not torch.equal(weights[name], plain[name])}
+    assert changed == {short for name, short in names.items() if name.endswith(".base_layer.weight")}
+    following = student("consistency", "grandchild", "objective.teacher.run=adapted", f"init.path={folder}", steps=3)
+    begun = Run(following)
+    assert all(torch.equal(value, weights[name]) for name, value in begun.init.items())
+    assert all(torch.equal(v, weights[n]) for n, v in begun.objective.teacher.denoiser.network.state_dict().items())
+    begun._leave()
+    assert main(compose("export", ["run=adapted", f"runs_dir={cfg.runs_dir}", f"path={folder}/out"])) == 0
+    Parts(cfg).denoiser().network.load_state_dict(load_file(folder / "out" / "model.safetensors"))
+
+    with pytest.raises(ValueError, match=r"adapter\.rank=None, was 4"):
+        Run(student("consistency", "adapted", steps=5))
 
 
 @pytest.mark.parametrize(

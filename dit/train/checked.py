@@ -9,7 +9,7 @@ from dit.objective.objective import Objective
 from dit.train.build import PIXELS, build, parts_of
 from dit.train.devices import strategy_of
 from dit.train.layout import Layout, divided
-from dit.train.strategy import Strategy
+from dit.train.strategy import Strategy, trained
 
 
 class Checked(NamedTuple):
@@ -37,7 +37,7 @@ def checked(cfg: DictConfig, layout: Layout) -> Checked:
     options = cfg.trainer
     _, num_micro_batches = divided(layout, options.batch_size, options.micro_batch_size, options.lanes)
     data, parts, objective, strategy = build(cfg.data), parts_of(cfg), build(cfg.objective), strategy_of(options)
-    denoiser = parts.denoiser("meta")
+    denoiser = parts.learner("meta")
     objective.check(denoiser)
     for name in objective.profiles:
         if name not in (there := cfg.ema.profiles):
@@ -62,4 +62,4 @@ def build_trained(cfg: DictConfig, denoiser: Any) -> None:
         ValueError: if one of their values is out of range.
     """
     build(cfg.optimizer)(denoiser.network.parameters())
-    build(cfg.ema)(dict(denoiser.network.named_parameters()))
+    build(cfg.ema)(trained(denoiser.network))

@@ -14,6 +14,7 @@ from dit.sampler.guidance import ClassifierFree
 from dit.train import checkpoint, saved
 from dit.train.build import Parts
 from dit.train.kind import check_denoiser
+from dit.weights.lora import merged
 from dit.weights.post_hoc import Average, fit, reconstruct
 
 
@@ -52,14 +53,14 @@ def load(parts: Parts, path: Path, weights: str = "ema") -> Denoiser:
 
 
 def weights_of(path: Path, name: str = "ema") -> dict[str, Tensor]:
-    """The weights of a checkpoint by the network's names, whole and on the CPU.
+    """The weights of a checkpoint by the network's names, whole, those of adapters merged, and on the CPU.
 
     Args:
         path: the checkpoint.
         name: of an average, or `model` for the raw weights.
     """
     raw = checkpoint.load_weights(path, "model")  # with what is not averaged
-    return raw if name == "model" else raw | checkpoint.load_weights(path, name)
+    return merged(raw if name == "model" else raw | checkpoint.load_weights(path, name))
 
 
 class Reconstructed(NamedTuple):
@@ -106,7 +107,7 @@ def reconstructed(folder: Path, std: float, step: int | None = None) -> Reconstr
     loaded = (checkpoint.load_weights(path, name) for path, name in kept.values())
     average = reconstruct(zip(found.coefficients, loaded, strict=True))
     rest = checkpoint.load_weights(newest(folder), "model")  # what is not averaged
-    return Reconstructed(rest | average, step, len(kept), found.misfit)
+    return Reconstructed(merged(rest | average), step, len(kept), found.misfit)
 
 
 def initial(path: str, weights: str = "ema") -> dict[str, Tensor]:
