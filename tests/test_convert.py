@@ -326,6 +326,28 @@ def test_a_learned_variance_is_dropped_where_there_is_none(dit_state, inputs):
         torch.testing.assert_close(one(x, time, label), both(x, time, label)[:, :3], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("cls", "sizes"), [(DiT, LABELS), (UNet, UNET)])
+def test_a_network_that_is_told_where_it_lands_begins_as_one_that_is_not(inputs, cls, sizes):
+    x, label = inputs
+    time, gap = torch.tensor([0.0, 3, 500, 999]), torch.tensor([0.0, 0.1, 0.5, 1.0])
+    bare, told = cls(**sizes), cls(**sizes, lands=True)
+    with torch.no_grad():
+        told.reset_parameters()
+        first = told.gap_embedder.mlp[0].weight
+        assert told.gap_embedder.mlp[2].weight.abs().max() == 0 < first.abs().max()
+        state = random_like(bare.state_dict())
+        bare.load_state_dict(state)
+        told.load_state_dict(convert.fitted(state, told))
+        assert first.abs().max() > 0
+        for wherever in (None, gap):
+            assert torch.equal(told(x, time, label, gap=wherever), bare(x, time, label))
+        torch.nn.init.normal_(told.gap_embedder.mlp[2].weight)
+        said = told(x, time, label, gap=gap)
+        assert (said - told(x, time, label)).abs().amax((1, 2, 3))[1:].min() > 1e-4  # it heeds it, once it may
+        assert torch.equal(told(x, time, label, gap=0 * gap), told(x, time, label))
+    assert equal(convert.fitted(told.state_dict(), told), told.state_dict())
+
+
 def test_what_does_not_fit_is_refused_with_both_sides_named(dit_state):
     def refused(message, state=dit_state, cls=DiT, **sizes):
         with pytest.raises(ValueError, match=message):

@@ -1,22 +1,26 @@
 """Students of a run: they begin as their teacher, go on bit-equal, and have the same numbers in two processes."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 from together import differences, lines, train_together, weights
 
 from dit.command import existing, export, sample
 from dit.command.compose import ConfigError, compose, user_errors
 from dit.command.dry_run import sound
 from dit.noise.flow import Flow
+from dit.train import checkpoint
 from dit.train.build import Parts
 from dit.train.checked import checked
 from dit.train.devices import settled
 from dit.train.layout import assumed_layout
 from dit.train.run import Run
+from dit.weights.lora import merged
 
 STUDENTS = {
     "consistency": ["objective.target=target", "ema=target"],
@@ -31,6 +35,7 @@ STUDENTS = {
         *("experiment=digits_guidance_distillation", "objective.teacher.scale=1", "objective.scales=[1,4]"),
         *("model.guided=true", "guidance=told", "sampler.num_steps=2"),
     ],
+    "lora": ["adapter=lora", "adapter.rank=4", "experiment=digits_consistency_lora"],
 }
 STEPS, STOP = 12, 7  # in the midst of the second stage of three
 
@@ -96,7 +101,12 @@ def test_a_student_goes_on_bit_equal(student, method):
 @pytest.fixture(scope="module")
 def together(student):
     """Each student by one process and, with some strategies, by two."""
-    strategies = {"ddp": STUDENTS, "fsdp": STUDENTS, "zero2": ["consistency", "progressive", "central", "shortcut"]}
+    strategies = {
+        "ddp": STUDENTS,
+        "fsdp": STUDENTS,
+        "zero2": ["consistency", "progressive", "central", "shortcut", "lora"],
+        "zero3": ["lora"],
+    }
     single = {method: student(method, f"{method}-one") for method in STUDENTS}
     double = {
         (method, name): student(method, f"{method}-{name}", f"trainer={name}")
@@ -117,6 +127,25 @@ def test_two_processes_give_the_numbers_of_one(together):
         assert all(found[name] <= most for name, most in tolerance.items()), (key, found)
 
 
+@pytest.mark.parametrize("objective", ["meanflow", pytest.param("shortcut", marks=pytest.mark.slow)])
+def test_a_unet_is_told_where_it_lands(tmp_path, digits_dir, objective):
+    """And its dropout is no hindrance; it learns to heed it."""
+    cfg = compose(
+        "train",
+        [
+            *("experiment=digits", "run=unet", f"runs_dir={tmp_path}", f"data_dir={digits_dir}", "metric=none"),
+            *("model=unet_digits", "model.lands=true", "model.model_channels=8", "model.head_channels=8"),
+            *("model.dropout=0.1", "noise=flow", "prediction=flow", "sampler=flow_map", "sampler.num_steps=2"),
+            *(f"objective={objective}", "objective/teacher=data", "learning_rate=constant", "optimizer.lr=1e-3"),
+            *("trainer.max_steps=4", "trainer.batch_size=32", "trainer.log_every_steps=1", "logger=none"),
+            *("data.num_workers=0", "trainer.preview_every_steps=4"),
+        ],
+    )
+    assert train_together([cfg], 1) == 0
+    assert weights(cfg)["model"]["gap_embedder.mlp.2.weight"].abs().max() > 0
+    assert [line["step"] for line in lines(cfg)] == [1, 2, 3, 4] and list((tmp_path / "unet" / "samples").iterdir())
+
+
 def test_a_student_begins_as_its_teacher(student):
     """Whatever path it is on, and whatever it is told besides."""
     for method in ("consistency", "meanflow", "continuous_consistency"):
@@ -132,6 +161,45 @@ def test_a_student_begins_as_its_teacher(student):
         with torch.no_grad():
             ours, theirs = denoiser.eval()(x, t, **told), teacher.on(denoiser.schedule)(x, t, **told)
         torch.testing.assert_close(ours.x0, theirs.x0, rtol=1e-4, atol=1e-5)
+
+
+def test_a_student_with_an_adapter(student, monkeypatch):
+    """The adapter alone is trained; what is drawn, begun with and followed has it merged, and knows no peft."""
+    from dit.command.export import main
+    from dit.train import trained
+    from dit.train.build import Parts
+    from dit.train.run import Run
+
+    cfg = student("lora", "adapted", steps=3)
+    run = Run(cfg)
+    plain = trained.initial(cfg.init.path)
+    assert all(torch.equal(value, plain[name]) for name, value in merged(run.init).items())
+    run.prepare()
+    assert run.fit() is None
+
+    folder = Path(cfg.runs_dir) / "adapted"
+    path = trained.newest(folder)
+    averages, frozen = (checkpoint.load_weights(path, group) for group in ("ema", "model"))
+    assert averages and all(".lora_" in name for name in averages)
+    assert {name.rpartition("/")[0] for name in checkpoint.layout(path, "optimizer")} == averages.keys()
+    names = {name: name.replace(".base_layer", "") for name in frozen.keys() - averages.keys()}
+    assert all(torch.equal(frozen[name], plain[short]) for name, short in names.items())
+
+    monkeypatch.setitem(sys.modules, "peft", None)
+    weights = trained.initial(str(folder))
+    assert weights.keys() == plain.keys()
+    changed = {name for name in plain if not torch.equal(weights[name], plain[name])}
+    assert changed == {short for name, short in names.items() if name.endswith(".base_layer.weight")}
+    following = student("consistency", "grandchild", "objective.teacher.run=adapted", f"init.path={folder}", steps=3)
+    begun = Run(following)
+    assert all(torch.equal(value, weights[name]) for name, value in begun.init.items())
+    assert all(torch.equal(v, weights[n]) for n, v in begun.objective.teacher.denoiser.network.state_dict().items())
+    begun._leave()
+    assert main(compose("export", ["run=adapted", f"runs_dir={cfg.runs_dir}", f"path={folder}/out"])) == 0
+    Parts(cfg).denoiser().network.load_state_dict(load_file(folder / "out" / "model.safetensors"))
+
+    with pytest.raises(ValueError, match=r"adapter\.rank=None, was 4"):
+        Run(student("consistency", "adapted", steps=5))
 
 
 @pytest.mark.parametrize(

@@ -76,12 +76,21 @@ def test_each_part_of_the_memory():
     need = memory(parts(*SMALL), 16)
     network = parts(*SMALL).denoiser("meta").network
     trained = sum(4 * p.numel() for p in network.parameters() if p.requires_grad)
-    assert need.parameters == need.ema == sum(4 * p.numel() for p in network.parameters())
-    assert need.gradients == trained
+    assert need.parameters == sum(4 * p.numel() for p in network.parameters())
+    assert need.gradients == need.ema == trained
     assert need.optimizer == pytest.approx(2 * trained, rel=0.01)
     assert need.copies == pytest.approx(trained / 2, rel=0.1)
     assert need.total == sum(need)
     assert memory(parts(*SMALL), 32).activations == 2 * need.activations
+
+
+def test_of_an_adapter_alone_there_are_gradients_states_and_averages():
+    recipe = parts(*SMALL, "adapter=lora", "adapter.rank=2", "init=run", "init.path=x")
+    need, whole = memory(recipe, 16), memory(parts(*SMALL), 16)
+    trained = 4 * 3 * 2 * (4 + 2 + 5 + 5) * 96  # of three blocks, in 32 bits: in and out of qkv, proj, fc1 and fc2
+    assert need.gradients == need.ema == trained and need.parameters == whole.parameters + trained
+    assert need.optimizer == pytest.approx(2 * trained, rel=0.02)
+    assert f"of which {trained // 4:,} are trained" in "".join(doctor.network_lines(recipe, 0))
 
 
 def test_recomputing_keeps_less():

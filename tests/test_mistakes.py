@@ -156,12 +156,22 @@ VAE = ["latent=sd_vae", "latent.name=/nowhere", "data.image_size=64", "data.chan
 DDP = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
 TENSOR = ["trainer=fsdp_tp", "trainer.accelerator=cpu", "trainer.devices=2"]
 LEARNED = ["sampler=ddpm", "sampler.variance=learned", "model.learn_sigma=true"]
+LORA = ["adapter=lora", "init=run", "init.path=x"]
 FLOW = ["noise=flow", "prediction=v"]
-EXTRAS = {"experiment=digits_vae": "diffusers", "objective=autoencoding_gan": "timm", "trainer=zero": "deepspeed"}
+EXTRAS = {
+    "experiment=digits_vae": "diffusers",
+    "objective=autoencoding_gan": "timm",
+    "trainer=zero": "deepspeed",
+    "adapter=lora": "peft",
+}
 IMPOSSIBLE = [  # overrides, and both keys as the message names them
     (["trainer.micro_batch_size=256"], "trainer.micro_batch_size=256", "trainer.batch_size=128"),
     (["trainer.nodes=2"], "trainer.nodes=2", "trainer.strategy=single"),
     ([*TENSOR, "model.num_heads=1"], "trainer.tensor_parallel_size=2", "model.num_heads=1"),
+    ([*TENSOR, *LORA], "trainer.tensor_parallel_size=2", "adapter=none"),
+    (["adapter=lora"], "adapter=", "init=none"),
+    ([*LORA, "adapter.rank=0"], "adapter.rank=0", "at least 1"),
+    ([*LORA, "adapter.targets=[qvk]"], "adapter.targets=[qvk]", "attn.qkv"),
     ([*TENSOR, "model=unet_digits"], "trainer.tensor_parallel_size=2", "model UNet"),
     (["experiment=digits_vae", *TENSOR], "trainer.strategy=fsdp", "model AutoencoderKL"),
     (["experiment=digits_vae", "trainer.compile=true"], "trainer.compile=true", "model AutoencoderKL"),
@@ -201,6 +211,7 @@ KNOWN = [  # those that other tests look at, too
     ([*TENSOR, "trainer.devices=3"], "trainer.tensor_parallel_size=2", "trainer.devices=3"),
     (["trainer=zero1", "objective=uncertain"], "trainer.strategy=zero1", "the objective"),
     ([*GAN, "objective.adversarial_from=0", "trainer=zero2"], "trainer.strategy=zero2", "the objective"),
+    (["experiment=digits_vae", *LORA], "adapter=", "objective=autoencoding"),
     (["model.patch_size=3"], "model.patch_size=3", "input_size=8"),
     (["model.num_heads=5"], "model.num_heads=5", "hidden_size=64"),
     (["model.rope=true", "model.num_heads=32"], "model.rope=true", "model.num_heads=32"),

@@ -452,6 +452,63 @@ def test_flow_maps_land_where_they_are_told_in_any_number_of_steps():
         torch.testing.assert_close(drawn, there)
 
 
+class Dropping(nn.Module):
+    """A network that is nothing but dropout, and keeps the masks."""
+
+    lands = True
+
+    def __init__(self):
+        super().__init__()
+        self.dropout, self.share, self.masks = nn.Dropout(0.5), nn.Parameter(torch.ones(())), []
+
+    def forward(self, x, time, **cond):
+        mask = self.dropout(torch.ones_like(x))
+        torch.rand(7)  # whatever else draws of the stream
+        self.masks.append(mask.detach().clone())
+        return self.share * x * mask
+
+
+@pytest.mark.parametrize(
+    ("objective", "schedule", "passes"),
+    [
+        (lambda: Consistency(INTERVALS["fixed"], alike, 100), Flow(), 2),
+        (lambda: MeanFlow(inner, jvp, own_direction=True), Flow(), 3),
+        (lambda: MeanFlow(inner, partial(central, h=1e-4)), Flow(), 3),
+        (lambda: ContinuousConsistency(inner, jvp), Trigonometric(), 2),
+        (lambda: ContinuousConsistency(inner, partial(central, h=1e-4)), Trigonometric(), 3),
+    ],
+)
+def test_all_passes_of_a_step_have_the_same_dropout(objective, schedule, passes):
+    """Or the difference of two passes would be that of two networks."""
+
+    def masks(given):
+        network = Dropping().double()
+        loss_of(objective(), Denoiser(network, schedule, prediction.v), given).backward()
+        assert len(network.masks) == passes
+        assert all(torch.equal(mask, network.masks[0]) for mask in network.masks)
+        assert 0.3 < (network.masks[0] == 0).float().mean() < 0.7
+        return network.masks[0]
+
+    first = batch()
+    assert torch.equal(masks(first), masks(first))
+    for other in (Draw(0, 1, range(4), 64), Draw(0, 0, range(4, 8), 64), Draw(1, 0, range(4), 64)):
+        assert not torch.equal(masks(first._replace(draw=other)), masks(first))  # of a step, a process, a seed
+
+
+@pytest.mark.parametrize("objective", ["progressive", "shortcut"])
+def test_a_student_teaches_itself_without_dropout(objective):
+    plain = partial(weight.mean_square, prediction=prediction.flow)
+    made, at = {
+        "progressive": (Progressive(Exact(Flow()), evenly, plain, num_stages=2, max_steps=2), 1),
+        "shortcut": (Shortcut(inner, share=0.5), 0),
+    }[objective]
+    network = Dropping().double()
+    denoiser = Denoiser(network, Flow(), prediction.flow)
+    loss_of(made, denoiser, batch(), at)
+    *taught, learned = [(mask == 0).any() for mask in network.masks]
+    assert len(taught) == 2 and not any(taught) and learned and denoiser.training and network.training
+
+
 @pytest.mark.parametrize("objective", [partial(MeanFlow, derivative=jvp), Shortcut])
 def test_flow_maps_want_a_network_that_lands(objective):
     objective = objective(uniform)

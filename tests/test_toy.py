@@ -156,9 +156,7 @@ def test_a_consistency_student_follows_the_trajectories(toy):
 def test_a_flow_map_follows_the_trajectories(toy, derivative):
     denoiser = student(meanflow(toy.teacher, derivative))
     for num_steps in (1, 2, 4):
-        energy, far = toy.figures(
-            flow_map.sample(denoiser, Flow(), toy.noise, evenly(Flow(), num_steps=num_steps))
-        )
+        energy, far = toy.figures(flow_map.sample(denoiser, Flow(), toy.noise, evenly(Flow(), num_steps=num_steps)))
         assert energy <= ENERGY and far <= TRAJECTORY, num_steps
 
 

@@ -9,7 +9,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from dit.model.dit import DiT
+from dit.model.unet import UNet
 from dit.weights.ema import EMA, exponent, exponential, power
+from dit.weights.lora import adapted, merged
 from dit.weights.post_hoc import Average, fit, reconstruct
 
 
@@ -112,6 +115,66 @@ def test_averages_are_kept_in_float32_of_any_layout(memory_format):
 def test_bad_values_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+TARGETS = ["qkv", "attn.proj", "proj_out", "q_linear", "kv_linear", "cross_attn.proj", "fc1", "fc2", "w12", "w3"]
+NETWORKS = {  # and the linear layers of attention and MLP in each block, or in all
+    "plain": (DiT, {}, 2 * 4),
+    "switches": (DiT, {"swiglu": True, "text_width": 12, "cross_attention": True, "lands": True}, 2 * 7),
+    "unet": (UNet, {}, 4 * 2),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_an_adapter_is_no_change_at_first_is_all_that_is_trained_and_can_be_merged(name):
+    pytest.importorskip("peft")
+    cls, more, number = NETWORKS[name]
+    sizes = {
+        DiT: {"patch_size": 2, "hidden_size": 32, "depth": 2, "num_heads": 4},
+        UNet: {"model_channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_resolutions": [4]},
+    }[cls]
+    sizes |= {"input_size": 8, "in_channels": 3, "num_classes": 7} | ({"head_channels": 8} if cls is UNet else {})
+    torch.manual_seed(0)
+    network = cls(**sizes, **more).eval()
+    disturb(network)
+    told = {"label": torch.tensor([0, 7]), "text": torch.randn(2, 3, 12), "text_mask": torch.ones(2, 3) > 0}
+    told = told if more else {"label": told["label"]}
+    x, time = torch.randn(2, 3, 8, 8), torch.tensor([0.1, 0.9])
+    before, plain = network(x, time, **told), {n: value.clone() for n, value in network.state_dict().items()}
+    assert all(torch.equal(value, plain[n]) for n, value in merged(plain).items())
+
+    adapted(network, 3, TARGETS)
+    assert torch.equal(network(x, time, **told), before)
+    trained = {n: p for n, p in network.named_parameters() if p.requires_grad}
+    adapters = {n: p for n, p in trained.items() if ".lora_" in n}
+    assert len(adapters) == 2 * number and all(3 in p.shape for p in adapters.values())
+    assert all(n.startswith("gap_embedder.") for n in trained.keys() - adapters.keys())
+    assert ("gap_embedder.mlp.2.weight" in trained) == ("lands" in more)
+    again = merged(network.state_dict())
+    assert again.keys() == plain.keys() and all(torch.equal(again[n], plain[n]) for n in plain)
+
+    disturb(torch.nn.ParameterList(adapters.values()))
+    after = network(x, time, **told)
+    assert (after - before).norm() > 0.01 * before.norm()
+    other = cls(**sizes, **more).eval()
+    other.load_state_dict(merged(network.state_dict()))
+    torch.testing.assert_close(other(x, time, **told), after, rtol=1e-3, atol=1e-3 * after.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("rank", "targets", "message"),
+    [
+        (0, TARGETS, r"adapter\.rank=0 must be at least 1"),
+        (2, ["qvk"], r"adapter\.targets=\[qvk\]: DiT has no such layer; choose .*attn\.qkv"),
+        (2, TARGETS, r"needs peft: pip install 'ditforge\[lora\]'"),
+    ],
+)
+def test_adapters_that_cannot_be(rank, targets, message, monkeypatch):
+    monkeypatch.setattr("dit.weights.lora.find_spec", lambda name: None)
+    with torch.device("meta"):
+        network = DiT(input_size=8, in_channels=3, patch_size=2, hidden_size=32, depth=1, num_heads=4)
+    with pytest.raises((ValueError, ImportError), match=message):
+        adapted(network, rank, targets)
 
 
 @pytest.fixture(scope="module")

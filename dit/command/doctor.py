@@ -117,7 +117,7 @@ def network_lines(parts: "Parts", macs: int) -> list[str]:
     size, inside = cfg.data.image_size, cfg.latent.size
     sees = f"{size} x {size} pixels" + (f" as {cfg.latent.channels} x {inside} x {inside}" if inside != size else "")
     said = ", ".join(f"{name}={value}" for name, value in told.items()) or "nothing"
-    parameters = list(parts.denoiser("meta").parameters())
+    parameters = list(parts.learner("meta").parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     digits = ",.2f" if macs >= 1e8 else ".3g"
     operations = f"{2 * macs / 1e9:{digits}} GFLOP = {macs / 1e9:{digits}} GMAC"

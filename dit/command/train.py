@@ -28,6 +28,7 @@ LEAST: dict[str, float] = {
     "sampler.num_steps": 1,
     "noise.num_steps": 1,
     "learning_rate.warmup_steps": 0,
+    "adapter.rank": 1,
     "optimizer.weight_decay": 0.0,
     "evaluation.num_images": 100,
     "evaluation.batch_size": 1,
@@ -89,6 +90,11 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(f"optimizer.betas=[{','.join(map(str, betas))}] must be two numbers, like [0.9,0.999]")
     with user_errors():
         autoencodes(cfg)
+    if cfg.adapter and not cfg.init:
+        raise ConfigError(
+            "adapter= adds to frozen weights, but init=none draws them at random: give weights to begin with, like "
+            "init=run init.path=runs/<name>"
+        )
 
 
 def tell_apart(cfg: DictConfig, suffix: str) -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dit.model.layers import CrossAttention, TextEmbedder, beside, check_width, sinusoid
+from dit.model.layers import CrossAttention, TextEmbedder, TimestepEmbedder, beside, check_width, sinusoid
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -132,6 +132,7 @@ class UNet(nn.Module):
         learn_sigma: output 2C channels, the second half for a learned variance.
         num_classes: number of classes; the label num_classes means none. 0: not told any.
         cross_attention: to the tokens of a text, after each self-attention.
+        lands: told where it will land, too, as flow maps are: `gap`. At first it does not heed it.
         text_width: width of the text's embeddings. 0: not told any.
         pooled_width: width of a text's one embedding. 0: not told any.
         image_channels: channels of a picture beside the input. 0: not told any.
@@ -158,6 +159,7 @@ class UNet(nn.Module):
         learn_sigma: bool = False,
         num_classes: int = 0,
         cross_attention: bool = False,
+        lands: bool = False,
         text_width: int = 0,
         pooled_width: int = 0,
         image_channels: int = 0,
@@ -191,6 +193,7 @@ class UNet(nn.Module):
         self.image_channels = image_channels
         self.num_classes = num_classes
         self.learn_sigma = learn_sigma
+        self.lands = lands
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         embedding = 4 * model_channels
 
@@ -203,6 +206,7 @@ class UNet(nn.Module):
 
         layers = nn.Linear(model_channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
         self.time_embed = nn.Sequential(*layers)
+        self.gap_embedder = TimestepEmbedder(embedding) if lands else None
         # Begun empty: drawing normal numbers on the meta device imports torch's compiler, which takes seconds.
         table = torch.empty(num_classes, embedding)
         self.label_emb = nn.Embedding.from_pretrained(table, freeze=False) if num_classes else None
@@ -241,7 +245,7 @@ class UNet(nn.Module):
 
     def reset_parameters(self) -> None:
         """The published initialization: torch's own, with a zero at the end of each branch and of the network."""
-        zero = ("out_layers.3", "proj_out", "attn.proj", "out.2")
+        zero = ("out_layers.3", "proj_out", "attn.proj", "out.2", "gap_embedder.mlp.2")
         for name, module in self.named_modules():
             if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear | nn.GroupNorm | nn.Embedding):
                 module.reset_parameters()
@@ -260,17 +264,21 @@ class UNet(nn.Module):
         text_mask: Tensor | None = None,
         pooled: Tensor | None = None,
         image: Tensor | None = None,
+        gap: Tensor | None = None,
     ) -> Tensor:
         """X (B, C, H, W), time (B,), and what it was built to be told -> (B, C or 2C, H, W).
 
         That is label (B,) in 0..num_classes, text (B, L, text_width) and which of L are there (B, L),
-        pooled (B, pooled_width), image (B, image_channels, H, W).
+        pooled (B, pooled_width), image (B, image_channels, H, W); gap (B,), in [0, 1], of the time from here to where
+        it will land, None: it lands here.
 
         Raises:
             ValueError: if text, pooled or image are of another size than that.
         """
         emb = sinusoid(time, self.model_channels).to(next(self.time_embed.parameters()).dtype)
         emb = self.time_embed(emb)                                               # (B, D)
+        if self.gap_embedder is not None:
+            emb = emb + self.gap_embedder(torch.zeros_like(time) if gap is None else gap)
         if self.label_emb is not None:
             assert label is not None
             row = self.label_emb(label.clamp(max=self.num_classes - 1))          # (B, D)

@@ -77,5 +77,9 @@ class Draw:
         parts = zip(self.lanes, x.chunk(len(self.lanes)), strict=True)
         return torch.cat([function(part, self.generator(purpose, lane)) for lane, part in parts])
 
+    def seed_layers(self) -> None:
+        """Seed torch's own stream, of which dropout draws: after each call a network draws the same masks again."""
+        torch.manual_seed(self.generator("layers", self.lanes[0]).initial_seed())
+
     def _rows(self, draw, shape: Sequence[int], purpose: str, lane: int) -> Tensor:  # type: ignore[no-untyped-def]
         return draw((self.rows, *shape), generator=self.generator(purpose, lane), device=self.device)

@@ -80,11 +80,11 @@ class Consistency(Objective):
         x_s = (
             point(schedule, s, x0, eps) if self.teacher is None else self.teacher.step(schedule, x_t, t, s, batch.cond)
         )
-        dropout = torch.initial_seed()  # the same for both
+        batch.draw.seed_layers()  # the same dropout for both
         with torch.no_grad(), batch.lent(self.target):
             said = denoiser(x_s, s, **batch.cond).x0
         target = torch.where(expand_like(s > 0, x_s), said, x_s)
-        torch.manual_seed(dropout)
+        batch.draw.seed_layers()
         error = (denoiser(x_t, t, **batch.cond).x0 - target).float().flatten(1).square().mean(dim=1)  # (B,)
         error = self.weight(schedule, t).to(error) * error
         if self.huber is not None:

@@ -82,6 +82,7 @@ class ContinuousConsistency(Objective):
         x_t = cos * x0 + sin * eps
 
         def velocity(x_t: Tensor, t: Tensor) -> Tensor:
+            batch.draw.seed_layers()  # a network and its derivative have the same dropout
             said = denoiser(x_t, t, **batch.cond)
             return expand_like(t.cos(), x_t) * said.eps - expand_like(t.sin(), x_t) * said.x0
 

@@ -76,6 +76,7 @@ class MeanFlow(Objective):
         x_t = point(schedule, t, x0, eps)
 
         def velocity(x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+            draw.seed_layers()  # a network and its derivative have the same dropout
             said: Estimate = denoiser(x_t, t, s, **batch.cond)
             return said.velocity
 

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor
 
 from dit.noise.denoiser import Denoiser
 from dit.noise.schedule import Schedule
 from dit.noise.step import point, secant, step
 from dit.objective.objective import Batch, FewStep, Objective
-from dit.objective.teacher import Teacher, baked, check_start
+from dit.objective.teacher import Teacher, baked, check_start, teaching
 
 
 class Progressive(Objective):
@@ -97,8 +96,5 @@ class Progressive(Objective):
 
     def _itself(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, batch: Batch) -> Tensor:
         """x_s by a step of the student as it was."""
-        training = denoiser.training
-        with torch.no_grad(), batch.lent(self.before):
-            estimate = denoiser.eval()(x_t, t, **batch.cond)
-        denoiser.train(training)
-        return step(denoiser.schedule, x_t, t, s, estimate)
+        with teaching(denoiser, batch, self.before):
+            return step(denoiser.schedule, x_t, t, s, denoiser(x_t, t, **batch.cond))

@@ -10,7 +10,7 @@ from dit.noise.prediction import Estimate
 from dit.noise.schedule import Schedule
 from dit.noise.step import point
 from dit.objective.objective import Batch, FewStep, Objective
-from dit.objective.teacher import Teacher, baked, check_flow_map, explained
+from dit.objective.teacher import Teacher, baked, check_flow_map, explained, teaching
 
 
 class Shortcut(Objective):
@@ -86,7 +86,6 @@ class Shortcut(Objective):
         )
         yield "denoiser", (denoiser(x_t, t, s, **batch.cond).velocity - target).square().mean()
 
-    @torch.no_grad()
     def _of_two(
         self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, cond: dict[str, Tensor], batch: Batch
     ) -> Tensor:
@@ -94,7 +93,7 @@ class Shortcut(Objective):
         between = (t + s) / 2
         shortest = (t - s) * 2**self.most <= denoiser.schedule.t_max * (1 + 1e-3)
         velocities = []
-        with batch.lent(self.target):
+        with teaching(denoiser, batch, self.target):
             for now, then in ((t, between), (between, s)):
                 velocities.append(denoiser(x_t, now, torch.where(shortest, now, then), **cond).velocity)
                 x_t = x_t - expand_like(now - then, x_t) * velocities[-1]

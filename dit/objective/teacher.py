@@ -1,6 +1,7 @@
 """What a student learns from: a frozen denoiser, and the steps of its trajectories."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 
@@ -12,6 +13,7 @@ from dit.noise.matched import Matched, matched
 from dit.noise.prediction import Estimate, determinant
 from dit.noise.schedule import Schedule
 from dit.noise.step import mean, step
+from dit.objective.objective import Batch
 
 SOLVERS = ("euler", "heun")
 MOST = 1000.0  # times as large as an error of F one of x0 may be
@@ -93,6 +95,18 @@ class Teacher:
 
         self._on = schedule, denoise
         return denoise
+
+
+@contextmanager
+def teaching(denoiser: Denoiser, batch: Batch, profile: str | None) -> Iterator[None]:
+    """For the length of a `with`, a student is its own teacher: with averaged weights, no dropout and no gradient."""
+    training = denoiser.training
+    with torch.no_grad(), batch.lent(profile):
+        denoiser.eval()
+        try:
+            yield
+        finally:
+            denoiser.train(training)
 
 
 def explained(

@@ -66,6 +66,10 @@ class AutoencoderParts:
         with torch.device(device):
             return Reconstructor(self.model())
 
+    def learner(self, device: str = "cpu") -> Reconstructor:
+        """The same, which is trained as a whole."""
+        return self.denoiser(device)
+
     def latent(self) -> Latent:
         """Pixels."""
         latent: Latent = build(self.cfg.latent)

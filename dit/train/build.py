@@ -43,6 +43,7 @@ class Parts:
         self.prediction = build(cfg.prediction)
         self.condition = build(cfg.condition)
         self.model = build(cfg.model)
+        self.adapter = build(cfg.adapter) if cfg.get("adapter") else None
         self._sampler = build({name: value for name, value in cfg.sampler.items() if name != "num_steps"})
         self._guidance = build(cfg.guidance)
         self._check_sizes()
@@ -127,6 +128,14 @@ class Parts:
         with torch.device(device):
             network = self._network()
         return Denoiser(network, self.schedule, self.prediction)
+
+    def learner(self, device: str = "cpu") -> Denoiser:
+        """The same as it is trained: with its adapter, if any."""
+        denoiser = self.denoiser(device)
+        if self.adapter:
+            with torch.device(device):
+                self.adapter(denoiser.network)
+        return denoiser
 
     def _network(self) -> nn.Module:
         """The network, built to be told what the condition says."""

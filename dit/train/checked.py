@@ -11,7 +11,7 @@ from dit.train.build import PIXELS, build, parts_of
 from dit.train.devices import strategy_of
 from dit.train.drawn import check_drawn
 from dit.train.layout import Layout, divided
-from dit.train.strategy import Strategy
+from dit.train.strategy import Strategy, trained
 
 
 class Checked(NamedTuple):
@@ -39,7 +39,7 @@ def checked(cfg: DictConfig, layout: Layout) -> Checked:
     options = cfg.trainer
     _, num_micro_batches = divided(layout, options.batch_size, options.micro_batch_size, options.lanes)
     data, parts, objective, strategy = build(cfg.data), parts_of(cfg), build(cfg.objective), strategy_of(options)
-    denoiser = parts.denoiser("meta")
+    denoiser = parts.learner("meta")
     objective.check(denoiser)
     if few_step := objective.few_step():
         check_drawn(few_step, cfg)
@@ -88,4 +88,4 @@ def build_trained(cfg: DictConfig, denoiser: Any) -> None:
         ValueError: if one of their values is out of range.
     """
     build(cfg.optimizer)(denoiser.network.parameters())
-    build(cfg.ema)(dict(denoiser.network.named_parameters()))
+    build(cfg.ema)(trained(denoiser.network))

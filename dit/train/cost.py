@@ -22,6 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from dit.train import tensor_parallel
 from dit.train.build import Parts, build
 from dit.train.execution import arrange
+from dit.train.strategy import trained
 from dit.train.tensor_parallel import check, units_of
 
 # How tensor parallelism splits the linear layers of a unit, by their names in it: 0 the rows of the weight, which are
@@ -98,13 +99,13 @@ def states(parts: Parts, shards: int = 1, *, flat: bool = False, tensor_parallel
     with FakeTensorMode(), Alive() as alive:
         network._apply(lambda t: torch.empty(held.get(id(t), t.shape), dtype=t.dtype, device="cpu"))
         parameters = alive.bytes
-        average = build(parts.cfg.ema)(dict(network.named_parameters()))
+        average = build(parts.cfg.ema)(trained(network))
         ema = alive.bytes - parameters
-        trained = [p for p in network.parameters() if p.requires_grad]
-        for p in trained:
+        learned = list(trained(network).values())
+        for p in learned:
             p.grad = torch.empty_like(p)
         gradients = alive.bytes - ema - parameters
-        stepped = build(parts.cfg.optimizer)(trained)
+        stepped = build(parts.cfg.optimizer)(learned)
         stepped.step()
         state = alive.bytes - gradients - ema - parameters
         del average, stepped
@@ -126,7 +127,7 @@ def split(parts: Parts, size: int) -> Any:
     Raises:
         ValueError: if it cannot be split so.
     """
-    network: Any = parts.denoiser("meta").network
+    network: Any = parts.learner("meta").network
     if size == 1:
         return network
     check(network, size)

@@ -147,7 +147,7 @@ class DiffusionModule(LightningModule):
         while True:
             total = torch.zeros((), device=self.device)
             for draw, phases in running:
-                torch.manual_seed(draw.generator("layers", draw.lanes[0]).initial_seed())  # for dropout
+                draw.seed_layers()
                 if (phase := next(phases, None)) is None:
                     return
                 network, loss = phase

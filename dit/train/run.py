@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from torch import Tensor
 
 from dit.data.unheard import unheard
 from dit.metric.subject import Samples, Subject, check
@@ -30,7 +30,7 @@ from dit.train.files import replace, rewound
 from dit.train.published import beginning
 from dit.train.same import differences
 from dit.train.saved import PROGRESS, summary_of
-from dit.train.strategy import Strategy
+from dit.train.strategy import Strategy, trained
 from dit.train.watchdog import Watchdog
 from dit.train.world import Lost, World, is_connection
 
@@ -90,6 +90,7 @@ class Run:
         build_trained(self.cfg, denoiser)
         self.strategy = strategy(self.cfg.trainer, self.world, self.device)
         self.num_parameters = sum(p.numel() for p in denoiser.network.parameters())
+        self.num_trained = sum(p.numel() for p in trained(denoiser.network).values())
         self.latent = self.parts.latent()
         # Hashing a VAE takes a while, so that it is done once.
         self.encoder = identity(self.latent) if self.latent.name or self.data.about else {}
@@ -102,19 +103,25 @@ class Run:
         if self.cfg.metric:
             check(build(self.cfg.metric), self.parts.subject(denoiser, self.latent, seed=self.cfg.seed, batch_size=1))
         begins = not checkpoint.committed(self.folder / "checkpoints")
-        self.init = self._initial(denoiser.network) if self.cfg.init and begins else None
+        self.init = self._initial() if self.cfg.init and begins else None
         self.resolved = OmegaConf.to_container(self.cfg, resolve=True)
         self.resume_from = self.world.once(self._claim)
         self.step = checkpoint.step_of(self.resume_from) if self.resume_from else 0
 
-    def _initial(self, network: nn.Module) -> dict[str, Tensor]:
-        """The weights to begin with, as the network needs them."""
-        return beginning(self.cfg.init, self.cfg.noise, self.cfg.prediction, network)
+    def _initial(self) -> dict[str, Tensor]:
+        """The weights to begin with, as the network needs them, and its adapter."""
+        network = self.parts.denoiser("meta").network
+        weights = beginning(self.cfg.init, self.cfg.noise, self.cfg.prediction, network)
+        if not self.cfg.get("adapter"):
+            return weights
+        network.load_state_dict(weights, assign=True)
+        torch.manual_seed(self.cfg.seed)
+        return dict(self.parts.adapter(network).state_dict())
 
     def _denoiser(self) -> Any:
         """The denoiser, or what stands for it; without weights, where its network can draw them afterwards."""
-        denoiser = self.parts.denoiser("meta")
-        return denoiser if hasattr(denoiser.network, "reset_parameters") else self.parts.denoiser()
+        denoiser = self.parts.learner("meta")
+        return denoiser if hasattr(denoiser.network, "reset_parameters") else self.parts.learner()
 
     def _check_data(self) -> None:
         """By the first process alone at first, which makes what is missing of an index."""
@@ -227,9 +234,10 @@ class Run:
         among += [f"{self.num_micro_batches} parts"] if self.num_micro_batches > 1 else []
         among += [f"{batch // parts} images"] if among else []
         on = f" on {self.world.size} devices ({self.layout.name})" if self.world.size > 1 else ""
+        some = f", {self.num_trained:,} of them trained" if self.cfg.get("adapter") else ""
         self.world.say(
             f"dit: {self.folder}: {f'going on from step {self.step}' if self.step else 'a new run'}, "
-            f"{self.num_parameters:,} parameters, {self.cfg.trainer.max_steps} steps of {batch} images"
+            f"{self.num_parameters:,} parameters{some}, {self.cfg.trainer.max_steps} steps of {batch} images"
             f"{' = ' + ' x '.join(among) if among else ''}, lr {self.cfg.optimizer.lr:g}{on}"
         )
         self.world.once(self._prepare_folder)

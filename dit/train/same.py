@@ -30,9 +30,9 @@ FIXED = {f"trainer.{name}" for name in ("batch_size", "lanes", "precision", "max
 def differences(before: Any, now: Any) -> list[str]:
     """What a configuration has otherwise than before, of what decides a run's numbers; each as "key=new, was old"."""
     before, now = _flat(before), _flat(now)
-    # A key that only one version knows changes nothing, but an average that came later has no beginning.
+    # A key that only one version knows changes nothing, but what came later has no beginning: an average, an adapter.
     compared = before.keys() & now.keys()
-    compared |= {key for key in before.keys() ^ now.keys() if key.startswith("ema.profiles.")}
+    compared |= {key for key in before.keys() ^ now.keys() if key.startswith(("ema.profiles.", "adapter."))}
     return [
         f"{key}={now.get(key)}, was {before.get(key)}"
         for key in sorted(compared)

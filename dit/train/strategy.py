@@ -182,8 +182,8 @@ class Strategy:
         return None
 
     def averaged(self, network: nn.Module) -> dict[str, Tensor]:
-        """What a moving average follows: this process's parts of the parameters, by name."""
-        return dict(network.named_parameters())
+        """What a moving average follows: this process's parts of the parameters that are trained, by name."""
+        return trained(network)
 
     @contextmanager
     def lent(self, module: Any, profile: str | None = None) -> Iterator[None]:
@@ -283,6 +283,11 @@ def check_state(state: Mapping[str, Any]) -> None:
                 f"the optimizer keeps {name}={value!r}, which is no tensor and cannot be saved: choose another one, "
                 "like torch.optim.AdamW"
             )
+
+
+def trained(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are not frozen, by name."""
+    return {name: p for name, p in network.named_parameters() if p.requires_grad}
 
 
 def by_layout(parameters: Sequence[Tensor]) -> list[dict[str, list[Tensor]]]:

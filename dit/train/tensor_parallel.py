@@ -40,7 +40,12 @@ def check(network: nn.Module, size: int) -> None:
         )
     for unit in units:
         for name, module in unit.named_modules():
-            if name in COLUMNS and isinstance(module, nn.Linear):
+            if name in (*COLUMNS, *ROWS) and not isinstance(module, nn.Linear):
+                raise ValueError(
+                    f"trainer.tensor_parallel_size={size} divides the layer {name}, but not with its adapter: choose "
+                    "trainer=fsdp, or adapter=none"
+                )
+            if name in COLUMNS:
                 heads = getattr(unit.get_submodule(name.partition(".")[0]), "num_heads", None)
                 parts = heads or module.out_features // COLUMNS[name]
                 if parts % size:

@@ -18,6 +18,7 @@ from dit.train.build import Parts
 from dit.train.kind import check_denoiser
 from dit.weights.convert import read
 from dit.weights.export import FEW_STEP, WEIGHTS
+from dit.weights.lora import merged
 from dit.weights.post_hoc import Average, fit, reconstruct
 
 
@@ -60,7 +61,7 @@ def load(parts: Parts, path: Path, weights: str = "ema") -> Denoiser:
 
 
 def weights_of(path: Path, name: str = "ema") -> dict[str, Tensor]:
-    """The weights of a checkpoint by the network's names, whole and on the CPU.
+    """The weights of a checkpoint by the network's names, whole, those of adapters merged, and on the CPU.
 
     Args:
         path: the checkpoint, or an export, which has but one of them.
@@ -74,7 +75,7 @@ def weights_of(path: Path, name: str = "ema") -> dict[str, Tensor]:
             raise ValueError(f"weights={name}, but {path} is an export of weights={about['weights']}")
         return read(path / WEIGHTS)
     raw = checkpoint.load_weights(path, "model")  # with what is not averaged
-    return raw if name == "model" else raw | checkpoint.load_weights(path, name)
+    return merged(raw if name == "model" else raw | checkpoint.load_weights(path, name))
 
 
 class State(NamedTuple):
@@ -165,7 +166,7 @@ def reconstructed(folder: Path, std: float, step: int | None = None) -> Reconstr
     loaded = (checkpoint.load_weights(path, name) for path, name in kept.values())
     average = reconstruct(zip(found.coefficients, loaded, strict=True))
     rest = checkpoint.load_weights(newest(folder), "model")  # what is not averaged
-    return Reconstructed(rest | average, step, len(kept), found.misfit)
+    return Reconstructed(merged(rest | average), step, len(kept), found.misfit)
 
 
 def initial(path: str, weights: str = "ema") -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dit.train import checkpoint
-from dit.train.strategy import Strategy, check_state
+from dit.train.strategy import Strategy, check_state, trained
 from dit.train.world import World
 
 # In numbers, not bytes:
@@ -154,8 +154,8 @@ class Zero(Strategy):
                 self._engine.empty_partition_cache()
 
     def averaged(self, network: nn.Module) -> dict[str, Tensor]:
-        """Parameters; in stage 3 this process's partitions of them, (ceil(numel / processes),)."""
-        return {name: getattr(p, "ds_tensor", p) for name, p in network.named_parameters()}
+        """What is trained; in stage 3 this process's partitions of it, (ceil(numel / processes),)."""
+        return {name: getattr(p, "ds_tensor", p) for name, p in trained(network).items()}
 
     def saved(self, module: Any, averages_only: bool = False) -> dict[str, dict[str, Tensor]]:
         """Whole tensors, in the first process alone."""
@@ -165,17 +165,16 @@ class Zero(Strategy):
         parameters = dict(module.network.named_parameters())
         if self.stage == 3:
             for name, p in parameters.items():
-                for group in [group for group in saved if group != "objective"]:
+                for group in [group for group in saved if group != "objective" and name in saved[group]]:
                     part = p.ds_tensor if group == "model" else saved[group][name]
                     saved[group][name] = self._gathered(part, p)
         if averages_only:
             return saved if self.world.is_first else {}
         state: dict[str, Tensor] = next(iter(self.optimizers["denoiser"].state.values()), {})
         check_state(state)
-        trained = {name: p for name, p in parameters.items() if p.requires_grad}
         saved["optimizer"] = {
             f"{name}/{key}": value if value.ndim == 0 else self._on_first(get(p, key))
-            for name, p in trained.items()
+            for name, p in trained(module.network).items()
             for key, value in state.items()
         }
         return saved if self.world.is_first else {group: {} for group in saved}
@@ -203,7 +202,8 @@ class Zero(Strategy):
                 utils.safe_set_full_fp32_param(p, value.to(self.device))
         for profile, average in module.ema.averages.items():
             for name, value in checkpoint.load_weights(path, profile).items():
-                average[name].copy_(self._part(value, parameters[name]))
+                if name in average:
+                    average[name].copy_(self._part(value, parameters[name]))
         for name, value in checkpoint.load_weights(path, "optimizer").items():
             of, _, key = name.rpartition("/")
             if value.ndim:
