@@ -7,15 +7,15 @@ from torch import Tensor, nn
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 NAME = "default"  # peft's, of the only adapter
-NEW = "gap_embedder."  # which no weights to begin with have, so that it is trained as a whole
+WHOLE = "gap_embedder."  # is trained as a whole: most weights to begin with have none, and an empty one says nothing
 
 
 def adapted(network: nn.Module, rank: int, targets: Sequence[str]) -> nn.Module:
     """A network of which y = W x becomes y = W x + B A x in some layers, A and B alone trained; changed in place.
 
     A (rank, in) is drawn and B (out, rank) is zero, so that it begins as it was. The paper's factor alpha / rank is 1:
-    how fast they learn is said by the learning rate. Besides, the embedder of where a step lands is trained, if the
-    network has one, as it begins anew.
+    how fast they learn is said by the learning rate. The embedder of where a step lands, if there is one, is trained,
+    too.
 
     Args:
         network: on any device, meta included.
@@ -42,7 +42,7 @@ def adapted(network: nn.Module, rank: int, targets: Sequence[str]) -> nn.Module:
 
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=found), network, NAME)
     for name, p in network.named_parameters():
-        p.requires_grad_(".lora_" in name or name.startswith(NEW))
+        p.requires_grad_(".lora_" in name or name.startswith(WHOLE))
     return network
 
 
