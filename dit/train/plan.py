@@ -90,7 +90,7 @@ class Planner:
     """Predicts for one recipe and any number of layouts; what they share is counted once.
 
     trainer.precision and trainer.activation_checkpointing are the recipe's. Not counted are a VAE's own needs, parts of
-    the objective that are trained, and what trainer.compile saves.
+    the objective that are trained, what trainer.compile saves, and the operations that frozen layers save backward.
 
     Args:
         parts: of the recipe.

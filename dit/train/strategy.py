@@ -285,7 +285,7 @@ def check_state(state: Mapping[str, Any]) -> None:
             )
 
 
-def trained(network: nn.Module) -> dict[str, nn.Parameter]:
+def trained(network: nn.Module) -> dict[str, Tensor]:
     """The parameters that are not frozen, by name."""
     return {name: p for name, p in network.named_parameters() if p.requires_grad}
 

@@ -7,15 +7,16 @@ from torch import Tensor, nn
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 NAME = "default"  # peft's, of the only adapter
-NEW = ("gap_embedder.", "scale_embedder.")  # which weights to begin with need not have: trained as a whole
+# Trained as a whole: most weights to begin with have none, and empty ones say nothing.
+WHOLE = ("gap_embedder.", "scale_embedder.")
 
 
 def adapted(network: nn.Module, rank: int, targets: Sequence[str]) -> nn.Module:
     """A network of which y = W x becomes y = W x + B A x in some layers, A and B alone trained; changed in place.
 
     A (rank, in) is drawn and B (out, rank) is zero, so that it begins as it was. The paper's factor alpha / rank is 1:
-    how fast they learn is said by the learning rate. Besides, the embedders of where a step lands and of guidance are
-    trained, if the network has them, as they begin anew.
+    how fast they learn is said by the learning rate. The embedders of where a step lands and of guidance, if there are
+    some, are trained, too.
 
     Args:
         network: on any device, meta included.
@@ -42,7 +43,7 @@ def adapted(network: nn.Module, rank: int, targets: Sequence[str]) -> nn.Module:
 
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=found), network, NAME)
     for name, p in network.named_parameters():
-        p.requires_grad_(".lora_" in name or name.startswith(NEW))
+        p.requires_grad_(".lora_" in name or name.startswith(WHOLE))
     return network
 
 
