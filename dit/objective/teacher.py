@@ -1,14 +1,13 @@
 """What a student learns from: a frozen denoiser, and the steps of its trajectories."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from dit.noise.denoiser import Denoiser, expand_like
-from dit.noise.matched import Matched, matched
+from dit.noise.matched import on_path
 from dit.noise.prediction import Estimate, determinant
 from dit.noise.schedule import Schedule
 from dit.noise.step import mean, step
@@ -78,8 +77,8 @@ class Teacher:
         """
         if self._on and self._on[0] is schedule:
             return self._on[1]
-        own, known = self.denoiser, Matched(schedule, self.denoiser.schedule)
-        guided = self.guidance(Denoiser(own.network, known, partial(matched, prediction=own.prediction)))
+        own = on_path(self.denoiser, schedule)
+        known, guided = own.schedule, self.guidance(own)
 
         @torch.no_grad()
         def denoise(x_t: Tensor, t: Tensor, **cond: Tensor) -> Estimate:
@@ -105,7 +104,7 @@ def explained(
 
 
 def absent(**options: object) -> None:
-    """No teacher, whatever an experiment says of one: each sample speaks for itself."""
+    """None, whatever an experiment says of it: no teacher, so that each sample speaks for itself, or no critic."""
 
 
 def check_start(denoiser: Denoiser) -> None:

@@ -46,9 +46,7 @@ def load(parts: Parts, path: Path, weights: str = "ema") -> Denoiser:
         path: the checkpoint.
         weights: the name of an average, or `model` for the raw weights.
     """
-    denoiser = parts.denoiser()
-    denoiser.network.load_state_dict(weights_of(path, weights))
-    return denoiser.eval().requires_grad_(False)
+    return _loaded(parts, path, weights).eval().requires_grad_(False)
 
 
 def weights_of(path: Path, name: str = "ema") -> dict[str, Tensor]:
@@ -151,14 +149,27 @@ def teacher(
     """
     folder = Path(runs_dir) / run
     parts = _parts(folder)
-    for key, ours in (needs or {}).items():
-        if (theirs := OmegaConf.select(parts.cfg, key)) != ours:
-            raise ValueError(
-                f"objective.teacher.run={run} was trained with {key}={theirs}, but this run has {ours}: a student is "
-                "told and draws what its teacher is; take the same, or another teacher"
-            )
+    _check_needs("teacher", parts, needs)
     guided = partial(ClassifierFree, null=parts.condition.null, **guidance)
     return Teacher(load(parts, newest(folder, step), weights), guided, solver, num_substeps)
+
+
+def critic(
+    run: str,
+    runs_dir: str = "runs",
+    weights: str = "ema",
+    step: int | None = None,
+    needs: Mapping[str, Any] | None = None,
+) -> Denoiser:
+    """A copy of a run's denoiser, which goes on learning; as for `teacher`.
+
+    Raises:
+        ValueError: if there is no such run or checkpoint, or the student is of another kind.
+    """
+    folder = Path(runs_dir) / run
+    parts = _parts(folder)
+    _check_needs("critic", parts, needs)
+    return _loaded(parts, newest(folder, step), weights)
 
 
 def denoiser(run: str, runs_dir: str = "runs", weights: str = "ema", step: int | None = None) -> Denoiser:
@@ -169,6 +180,23 @@ def denoiser(run: str, runs_dir: str = "runs", weights: str = "ema", step: int |
     """
     folder = Path(runs_dir) / run
     return load(_parts(folder), newest(folder, step), weights)
+
+
+def _loaded(parts: Parts, path: Path, weights: str) -> Denoiser:
+    """The denoiser of a checkpoint, as it was trained."""
+    denoiser = parts.denoiser()
+    denoiser.network.load_state_dict(weights_of(path, weights))
+    return denoiser
+
+
+def _check_needs(role: str, parts: Parts, needs: Mapping[str, Any] | None) -> None:
+    """See that a run is of the student's kind."""
+    for key, ours in (needs or {}).items():
+        if (theirs := OmegaConf.select(parts.cfg, key)) != ours:
+            raise ValueError(
+                f"objective.{role}.run={parts.cfg.run} was trained with {key}={theirs}, but this run has {ours}: a "
+                f"student is told and draws what its {role} is; take the same, or another {role}"
+            )
 
 
 def _parts(folder: Path) -> Parts:
