@@ -51,6 +51,9 @@ def test_every_option_of_every_group_composes(choice):
     if choice.removeprefix("objective=") in (
         "consistency",
         "continuous_consistency",
+        "dmd",
+        "dmd_gan",
+        "ladd",
         "meanflow",
         "progressive",
         "shortcut",

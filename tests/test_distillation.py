@@ -1,5 +1,6 @@
 """Students of a run: they begin as their teacher, go on bit-equal, and have the same numbers in two processes."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,9 @@ STUDENTS = {
     "central": ["objective/derivative=central", "objective.own_direction=true", "experiment=digits_meanflow"],
     "shortcut": [],
     "continuous_consistency": ["objective.warmup_steps=4"],
+    "dmd": ["objective=dmd_gan", "objective.every=3", "sampler.num_steps=2", "experiment=digits_dmd"],
 }
-STEPS, STOP = 12, 7  # in the midst of the second stage of three
+STEPS, STOP = 12, 7  # in the midst of the second stage of three, and of what a critic learns between two steps
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +84,25 @@ def test_a_student_goes_on_bit_equal(student, method):
             assert torch.equal(value, tensors[name]), (group, name)
 
 
+def test_the_average_is_that_of_the_students_own_steps(student):
+    """And they alone are counted: of five steps of the trainer, in which the critic learns, the third."""
+    cfg = student("dmd", "dmd-average", "ema.warmup=true", steps=5)
+    assert train_together([cfg], 1) == 0
+    began, found = weights(OmegaConf.merge(cfg, {"run": "teacher"}))["ema"], weights(cfg)
+    share = (1 + 1) / (10 + 1)
+    for name, value in began.items():
+        torch.testing.assert_close(found["ema"][name], share * value + (1 - share) * found["model"][name])
+    assert all(value == 1 for name, value in found["optimizer"].items() if name.endswith("/step"))
+    assert all(value == 5 for name, value in found["optimizer-critic"].items() if name.endswith("/step"))
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def test_several_optimizers_are_refused_under_zero(student):
+    cfg = student("dmd", "dmd-zero", "trainer=zero2")
+    with pytest.raises(ValueError, match=r"trainer\.strategy=zero2: .* another for its critic; choose trainer=ddp"):
+        sound(cfg, assumed_layout(cfg.trainer)[0])
+
+
 @pytest.fixture(scope="module")
 def together(student):
     """Each student by one process and, with some strategies, by two."""
@@ -138,6 +159,9 @@ def test_a_student_begins_as_its_teacher(student):
         ("meanflow", ["model.lands=false"], "model.lands=true"),
         ("meanflow", ["noise=cosine", "prediction=v"], "noise=flow"),
         ("continuous_consistency", ["noise=flow", "prediction=flow"], "noise=trigonometric"),
+        ("dmd", ["objective/critic=none"], "objective/critic=run"),
+        ("dmd", ["objective.every=0"], "objective.every=0"),
+        ("dmd", ["objective.critic.run=nobody"], "run=nobody: no such run"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_made(student, method, overrides, message):

@@ -1,4 +1,4 @@
-"""Distribution matching: what a student draws at once is moved to where its teacher finds it likelier than its critic does."""
+"""Distribution matching: what a student draws goes where its teacher finds it likelier than its critic does."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
