@@ -601,7 +601,8 @@ def test_backward_simulation_is_the_samplers_own_steps(name, monkeypatch):
     [
         ({"every": 0}, r"objective\.every=0"),
         ({"critic": None}, "objective/critic=run"),
-        ({"critic": None, "matching_weight": 0.0}, "would learn nothing"),
+        ({"matching_weight": 0.0}, "would learn nothing"),
+        ({"matching_weight": 0.0, "head": Head(16), "adversarial_weight": 0.0}, "would learn nothing"),
         ({"critic": None, "matching_weight": 0.0, "head": Head(16)}, "objective=ladd"),
         ({"features": "student"}, "objective.features=student: choose one of critic, teacher"),
         ({"adversarial_weight": -1.0}, "objective.adversarial_weight=-1.0"),
@@ -624,6 +625,8 @@ def test_a_head_must_have_the_width_of_its_features():
         Head(0)
     x = torch.randn(2, 16, 4, 4)
     torch.testing.assert_close(Head(16)(x), Head(16)(x.flatten(2).mT))  # of convolutions, and of a transformer
+    with pytest.raises(ValueError, match=r"objective\.head\.width=8, but the features are 16 wide"):
+        Head(8)(x)
 
 
 class Residual(nn.Module):

@@ -11,11 +11,12 @@ class Head(nn.Module):
         width: of the features, D.
 
     Raises:
-        ValueError: if that is less than 1.
+        ValueError: if that is less than 1, or they are of another width.
     """
 
     def __init__(self, width: int):
         super().__init__()
+        self.width = width
         if width < 1:
             raise ValueError(f"objective.head.width={width} must be at least 1")
         with torch.random.fork_rng(devices=[]):
@@ -28,4 +29,8 @@ class Head(nn.Module):
         """(B, N, D), or (B, D, h, w) with N = h w, -> (B, N), positive where it looks real."""
         if features.ndim == 4:
             features = features.flatten(2).mT                              # (B, N, D)
+        if features.shape[-1] != self.width:
+            raise ValueError(
+                f"objective.head.width={self.width}, but the features are {features.shape[-1]} wide: give that"
+            )
         return self.layers(features)[..., 0]                               # (B, N)

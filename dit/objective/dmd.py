@@ -78,13 +78,13 @@ class DistributionMatching(Objective):
                 raise ValueError(f"objective.{name}={value} must not be negative: 0 is none")
         if features not in FEATURES:
             raise ValueError(f"objective.features={features}: choose one of {', '.join(FEATURES)}")
+        if not (matching_weight or (head is not None and adversarial_weight)):
+            raise ValueError("objective.matching_weight=0, and no head is heard: the student would learn nothing")
         if critic is None and (matching_weight or (head is not None and features == "critic")):
             raise ValueError(
                 "objective.critic is missing: what the student draws is compared with what a critic has seen of it; "
                 "take objective/critic=run, which begins as the teacher, or objective=ladd, which has none"
             )
-        if critic is None and head is None:
-            raise ValueError("objective.matching_weight=0, and there is no head: the student would learn nothing")
         self.teacher = teacher
         self.grid = grid
         self.num_steps = num_steps
@@ -139,7 +139,7 @@ class DistributionMatching(Objective):
         """
         schedule, draw, shape = denoiser.schedule, batch.draw, batch.x0.shape[1:]
         times = self.grid(schedule, num_steps=self.num_steps)
-        rung = draw.generator("rung").initial_seed() % self.num_steps
+        rung = draw.generator("rung").initial_seed() % self.num_steps  # of which no device need be asked
         x_t = schedule(times[0]).sigma * draw.normal("x", shape).to(batch.x0)
         with torch.no_grad():
             for i, (t, s) in enumerate(islice(pairs(times), rung)):

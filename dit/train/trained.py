@@ -148,8 +148,7 @@ def teacher(
         ValueError: if there is no such run or checkpoint, or the student is of another kind.
     """
     folder = Path(runs_dir) / run
-    parts = _parts(folder)
-    _check_needs("teacher", parts, needs)
+    parts = _of_the_same_kind("teacher", folder, needs)
     guided = partial(ClassifierFree, null=parts.condition.null, **guidance)
     return Teacher(load(parts, newest(folder, step), weights), guided, solver, num_substeps)
 
@@ -167,9 +166,7 @@ def critic(
         ValueError: if there is no such run or checkpoint, or the student is of another kind.
     """
     folder = Path(runs_dir) / run
-    parts = _parts(folder)
-    _check_needs("critic", parts, needs)
-    return _loaded(parts, newest(folder, step), weights)
+    return _loaded(_of_the_same_kind("critic", folder, needs), newest(folder, step), weights)
 
 
 def denoiser(run: str, runs_dir: str = "runs", weights: str = "ema", step: int | None = None) -> Denoiser:
@@ -189,14 +186,16 @@ def _loaded(parts: Parts, path: Path, weights: str) -> Denoiser:
     return denoiser
 
 
-def _check_needs(role: str, parts: Parts, needs: Mapping[str, Any] | None) -> None:
-    """See that a run is of the student's kind."""
+def _of_the_same_kind(role: str, folder: Path, needs: Mapping[str, Any] | None) -> Parts:
+    """The parts of a run that is told and draws what the student is."""
+    parts = _parts(folder)
     for key, ours in (needs or {}).items():
         if (theirs := OmegaConf.select(parts.cfg, key)) != ours:
             raise ValueError(
-                f"objective.{role}.run={parts.cfg.run} was trained with {key}={theirs}, but this run has {ours}: a "
+                f"objective.{role}.run={folder.name} was trained with {key}={theirs}, but this run has {ours}: a "
                 f"student is told and draws what its {role} is; take the same, or another {role}"
             )
+    return parts
 
 
 def _parts(folder: Path) -> Parts:
