@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -36,8 +37,9 @@ STUDENTS = {
         *("model.guided=true", "guidance=told", "sampler.num_steps=2"),
     ],
     "lora": ["adapter=lora", "adapter.rank=4", "experiment=digits_consistency_lora"],
+    "dmd": ["objective=dmd_gan", "objective.every=3", "sampler.num_steps=2", "experiment=digits_dmd"],
 }
-STEPS, STOP = 12, 7  # in the midst of the second stage of three
+STEPS, STOP = 12, 7  # in the midst of the second stage of three, and of what a critic learns between two steps
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,25 @@ def test_a_student_goes_on_bit_equal(student, method):
     for group, tensors in weights(whole).items():
         for name, value in weights(parts)[group].items():
             assert torch.equal(value, tensors[name]), (group, name)
+
+
+def test_the_average_is_that_of_the_students_own_steps(student):
+    """And they alone are counted: of five steps of the trainer, in which the critic learns, the third."""
+    cfg = student("dmd", "dmd-average", "ema.warmup=true", steps=5)
+    assert train_together([cfg], 1) == 0
+    began, found = weights(OmegaConf.merge(cfg, {"run": "teacher"}))["ema"], weights(cfg)
+    share = (1 + 1) / (10 + 1)
+    for name, value in began.items():
+        torch.testing.assert_close(found["ema"][name], share * value + (1 - share) * found["model"][name])
+    assert all(value == 1 for name, value in found["optimizer"].items() if name.endswith("/step"))
+    assert all(value == 5 for name, value in found["optimizer-critic"].items() if name.endswith("/step"))
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def test_several_optimizers_are_refused_under_zero(student):
+    cfg = student("dmd", "dmd-zero", "trainer=zero2")
+    with pytest.raises(ValueError, match=r"trainer\.strategy=zero2: .* another for its critic; choose trainer=ddp"):
+        sound(cfg, assumed_layout(cfg.trainer)[0])
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +258,9 @@ def test_a_student_with_an_adapter(student, monkeypatch):
             ["objective/teacher=published", "objective.teacher.init.path=/nowhere.pt"],
             "objective.teacher.init.path=/nowhere.pt: /nowhere.pt: no such file",
         ),
+        ("dmd", ["objective/critic=none"], "objective/critic=run"),
+        ("dmd", ["objective.every=0"], "objective.every=0"),
+        ("dmd", ["objective.critic.run=nobody"], "run=nobody: no such run"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_made(student, method, overrides, message):

@@ -1,6 +1,7 @@
 """Few-step students: their targets are exact where the whole trajectory is known, and nothing else is trained."""
 
 import itertools
+import math
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ from exact import SCHEDULES
 from test_sampler import PREDICTIONS, tiny_denoiser
 from torch import nn
 
+from dit.model.head import Head
 from dit.noise import prediction, weight
 from dit.noise.denoiser import Denoiser, expand_like
 from dit.noise.draw import Draw
@@ -25,6 +27,7 @@ from dit.objective.consistency import Consistency, doubling, fixed, shrinking
 from dit.objective.continuous import ContinuousConsistency
 from dit.objective.derivative import central, jvp
 from dit.objective.derivative import check as check_derivative
+from dit.objective.dmd import DistributionMatching
 from dit.objective.guidance_distillation import GuidanceDistillation
 from dit.objective.meanflow import MeanFlow
 from dit.objective.objective import Batch
@@ -40,15 +43,15 @@ MEAN, STD = 0.3, 0.5  # of the Gaussian data
 
 
 class Gaussian(nn.Module):
-    """The exact denoiser of N(MEAN, STD^2) data, and the exact flow map of its trajectories."""
+    """The exact denoiser of N(mean, STD^2) data, and the exact flow map of its trajectories."""
 
-    def __init__(self, schedule):
+    def __init__(self, schedule, mean=MEAN):
         super().__init__()
-        self.schedule = schedule
+        self.schedule, self.mean = schedule, mean
 
     def forward(self, x_t, t, **cond):
         alpha, sigma = (expand_like(c, x_t) for c in self.schedule(t))
-        x0 = MEAN + alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * (x_t - alpha * MEAN)
+        x0 = self.mean + alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * (x_t - alpha * self.mean)
         return Estimate(x0, (x_t - alpha * x0) / sigma)
 
     def end(self, x_t, t, s):
@@ -85,9 +88,9 @@ class Exact(Teacher):
 class Net(nn.Module):
     """A network of a schedule that says its F of the Gaussian exactly."""
 
-    def __init__(self, schedule, predicted):
+    def __init__(self, schedule, predicted, mean=MEAN):
         super().__init__()
-        self.schedule, self.predicted, self.exact = schedule, predicted, Gaussian(schedule)
+        self.schedule, self.predicted, self.exact = schedule, predicted, Gaussian(schedule, mean)
 
     def forward(self, x, time, **cond):
         t = self.time_of_input(time)
@@ -106,9 +109,9 @@ class Net(nn.Module):
         return low
 
 
-def gaussian(schedule, predicted):
+def gaussian(schedule, predicted, mean=MEAN):
     """The Gaussian's denoiser, as one of a network; in float64."""
-    return Denoiser(Net(schedule, PREDICTIONS[predicted]), schedule, PREDICTIONS[predicted])
+    return Denoiser(Net(schedule, PREDICTIONS[predicted], mean), schedule, PREDICTIONS[predicted])
 
 
 def batch(size=64, seed=0, dtype=torch.float64, lent=None):
@@ -643,7 +646,9 @@ def test_jvp_is_refused_where_there_is_no_forward_derivative():
         check_derivative(derivative, denoiser, x, told)
     forward = denoiser.network.blocks[0].attn.forward
     denoiser.network.blocks[0].attn.forward = lambda x, rotation=None: Flash.apply(forward(x, rotation))
-    with pytest.raises(ValueError, match="network DiT has no forward derivative .*: take objective/derivative=central"):
+    with pytest.raises(
+        ValueError, match=r"network DiT has no forward derivative .*: take objective/derivative=central"
+    ):
         check_derivative(partial(jvp), denoiser, x, told)
     check_derivative(partial(central, h=1e-2), denoiser, x, told)
 
@@ -660,3 +665,209 @@ def test_activation_checkpointing_keeps_the_derivative(checkpointing):
     exact = jvp(velocity, at, along)
     arrange(denoiser.network, checkpointing=checkpointing)
     assert torch.equal(jvp(velocity, at, along), exact)
+
+
+def matching(teacher, critic, every=1, num_steps=1, **options):
+    """Distribution matching with the usual times."""
+    plain = partial(weight.mean_square, prediction=prediction.flow)
+    return DistributionMatching(teacher, evenly, num_steps, uniform, plain, critic, every, **options)
+
+
+@pytest.mark.parametrize(("of", "predicted"), [("flow", "flow"), ("cosine", "v"), ("linear", "eps"), ("edm", "edm")])
+def test_distributions_match_where_critic_and_teacher_agree(of, predicted):
+    """The critic of what a student draws N(MEAN + wrong, STD^2) tells it, and only then, to draw N(MEAN, STD^2)."""
+    of, grads = SCHEDULES[of][0], []
+    teacher = Teacher(gaussian(of, predicted))
+    for wrong in (0.0, 0.1, -0.1):
+        student = Student(Flow(), wrong=torch.tensor(wrong, requires_grad=True, dtype=torch.float64))
+        (name, loss), _ = matching(teacher, gaussian(of, predicted, MEAN + wrong)).phases(student, batch(), 0)
+        loss.backward()
+        assert name == "denoiser"
+        grads.append(student.wrong.grad.item())
+        assert (loss < 1e-16) == (wrong == 0)
+    assert abs(grads[0]) < 1e-8 and grads[1] > 1e-3 and grads[2] < -1e-3
+
+
+def test_a_critic_has_the_error_of_denoising_what_the_student_draws():
+    """None but the noise's where it is exact for that, and more where it is the teacher still."""
+    student, teacher, given = Student(Flow(), wrong=0.5), Teacher(gaussian(Flow(), "flow")), batch(1024)
+    losses = {}
+    for mean in (MEAN, MEAN + 0.5):
+        (_, loss), *rest = matching(teacher, gaussian(Flow(), "flow", mean), every=2).phases(student, given, 0)
+        assert not rest
+        losses[mean] = loss.item()
+    x = Student(Flow(), wrong=0.5)(given.draw.normal("x", (1, 4, 4)).double(), torch.ones(1024).double()).x0
+    t, eps = 0.02 + 0.96 * given.draw.uniform("t"), given.draw.normal("eps", (1, 4, 4))
+    t = 1 - t.double()
+    x_t = expand_like(1 - t, x) * x + expand_like(t, x) * eps
+    said = Gaussian(Flow(), MEAN + 0.5)(x_t, t)
+    assert losses[MEAN + 0.5] == pytest.approx((said.eps - said.x0 - eps + x).square().mean().item(), rel=1e-5)
+    assert losses[MEAN] > 1.05 * losses[MEAN + 0.5]
+
+
+@pytest.mark.parametrize("features", ["critic", "teacher"])
+def test_each_phase_reaches_its_own_network(features):
+    teacher = Teacher(tiny_denoiser(linear(), prediction.eps, depth=3))
+    critic, student = (tiny_denoiser(Flow(), prediction.flow, seed=seed, depth=3) for seed in (1, 2))
+    head = Head(16)
+    objective = matching(teacher, critic, every=3, head=head, features=features)
+    given = batch(dtype=torch.float32)
+
+    def reached(*modules):
+        return [any(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters()) for module in modules]
+
+    everyone = (student, critic, head, teacher.denoiser)
+    assert [name for name, _ in objective.phases(student, given, 0)] == ["critic"]
+    (first, moved), (second, learned) = objective.phases(student, given, 5)
+    assert (first, second) == ("denoiser", "critic") and list(objective.networks) == ["critic"]
+    moved.backward()
+    assert reached(*everyone) == [True, False, False, False]
+    assert all(p.grad is None for module in everyone[1:] for p in module.parameters())
+    before = [p.grad.clone() for p in student.parameters() if p.requires_grad]
+    learned.backward()
+    assert reached(*everyone) == [True, True, True, False]
+    assert all(torch.equal(p.grad, kept) for p, kept in zip(trained(student), before, strict=True))
+    own = {id(p) for p in objective.networks["critic"].parameters()}
+    assert own == {id(p) for module in (critic, head) for p in module.parameters()}
+
+
+def trained(module):
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("features", ["critic", "teacher"])
+def test_a_discriminator_is_heard_and_learns(features):
+    """Whatever the scores say: adversarial distillation alone has no critic."""
+    critic = tiny_denoiser(Flow(), prediction.flow, seed=1) if features == "critic" else None
+    teacher, student = Teacher(tiny_denoiser(Flow(), prediction.flow)), tiny_denoiser(Flow(), prediction.flow, seed=2)
+    options = {"matching_weight": 0.0, "adversarial_weight": 1.0, "head_weight": 1.0}
+    objective = matching(teacher, critic, head=Head(16), features=features, **options)
+    given, losses = batch(16, dtype=torch.float32), []
+    optimizer = torch.optim.Adam(trained(objective), lr=1e-2)
+    for _ in range(30):
+        (_, deceit), (_, error) = objective.phases(student, given, 0)
+        error.backward()
+        losses.append((deceit.item(), error.item()))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1][0] > losses[0][0] and losses[-1][1] < 0.95 * losses[0][1]
+
+
+@pytest.mark.parametrize("name", ["flow", "edm", "cosine"])
+def test_backward_simulation_is_the_samplers_own_steps(name, monkeypatch):
+    """To any of its steps, and as many in all processes."""
+    schedule, rungs = SCHEDULES[name][0], set()
+    objective = matching(Teacher(gaussian(schedule, "v")), gaussian(schedule, "v"), num_steps=3)
+    times = evenly(schedule, num_steps=3)
+    student = gaussian(schedule, "v", mean=1.0)
+    asked = []
+    student.register_forward_pre_hook(lambda module, args: asked.append(float(args[1])))
+    for at in range(12):
+        x0, draw = torch.zeros(8, 1, 4, 4, dtype=torch.float64), Draw(0, at, range(4), 8)
+        drawn = objective.drawn(student, Batch(x0, {}, draw))
+        rung = len(asked) - 1
+        assert asked == times[: rung + 1].tolist()
+        asked.clear()
+        objective.drawn(student, Batch(x0[:4], {}, Draw(0, at, range(2, 4), 4, num_lanes=4)))
+        assert len(asked) == rung + 1
+        x = schedule(times[0]).sigma * draw.normal("x", (1, 4, 4)).double()
+        noises = iter([draw.normal(f"z{i}", (1, 4, 4)).double() for i in range(rung)])
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "randn", lambda *_, noises=noises, **__: next(noises))
+            sampled = consistency.sample(student, schedule, x, torch.cat([times[: rung + 1], torch.zeros(1)]))
+        asked.clear()
+        torch.testing.assert_close(drawn, sampled)
+        rungs.add(rung)
+    assert rungs == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every": 0}, r"objective\.every=0"),
+        ({"critic": None}, "objective/critic=run"),
+        ({"matching_weight": 0.0}, "would learn nothing"),
+        ({"matching_weight": 0.0, "head": Head(16), "adversarial_weight": 0.0}, "would learn nothing"),
+        ({"critic": None, "matching_weight": 0.0, "head": Head(16)}, "objective=ladd"),
+        ({"features": "student"}, "objective.features=student: choose one of critic, teacher"),
+        ({"adversarial_weight": -1.0}, "objective.adversarial_weight=-1.0"),
+        ({"critic_rate": -1.0}, "objective.critic_rate=-1.0"),
+        ({"num_steps": 0}, "num_steps=0"),
+        ({"grid": lambda schedule, num_steps: torch.tensor([0.5, 1.0, 0.0])}, "times must decrease"),
+        ({"student": tiny_denoiser(cosine(), prediction.eps)}, "times as large in x0"),
+    ],
+)
+def test_mistakes_of_distribution_matching(options, message):
+    denoiser = tiny_denoiser(Flow(), prediction.flow)
+    given = {"critic": denoiser, "grid": evenly, "num_steps": 1} | options
+    student = given.pop("student", denoiser)
+    with pytest.raises(ValueError, match=message):
+        DistributionMatching(Teacher(denoiser), times=uniform, weight=alike, **given).check(student)
+
+
+def test_a_head_must_have_the_width_of_its_features():
+    with pytest.raises(ValueError, match=r"objective\.head\.width=0"):
+        Head(0)
+    x = torch.randn(2, 16, 4, 4)
+    torch.testing.assert_close(Head(16)(x), Head(16)(x.flatten(2).mT))  # of convolutions, and of a transformer
+    with pytest.raises(ValueError, match=r"objective\.head\.width=8, but the features are 16 wide"):
+        Head(8)(x)
+
+
+class Residual(nn.Module):
+    """The exact velocity of eight Gaussians on a circle, at first, and what is learned besides; x is (B, 2, 1, 1)."""
+
+    CENTRES = 1.5 * torch.tensor([[math.cos(a), math.sin(a)] for a in torch.arange(8) * math.pi / 4])  # (8, 2)
+    STD = 0.15
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2))
+        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(self.layers[-1].bias)
+
+    def forward(self, x, time, **cond):
+        x, t = x.flatten(1), time[:, None].clamp(1e-3, 1 - 1e-3)
+        variance = ((1 - t) * self.STD) ** 2 + t**2
+        away = x[:, None] - (1 - t)[..., None] * self.CENTRES  # (B, 8, 2)
+        share = (-away.square().sum(-1) / (2 * variance)).softmax(dim=1)[..., None]
+        x0 = (share * (self.CENTRES + ((1 - t) * self.STD**2 / variance)[..., None] * away)).sum(1)
+        told = torch.cat([x, t, (2 * math.pi * t).sin(), (2 * math.pi * t).cos(), t**2], dim=1)
+        return ((x - x0) / t + self.layers(told))[..., None, None]
+
+    @classmethod
+    def data(cls, size, seed):
+        generator = torch.Generator().manual_seed(seed)
+        centres = cls.CENTRES[torch.randint(8, (size,), generator=generator)]
+        return (centres + cls.STD * torch.randn(size, 2, generator=generator))[..., None, None]
+
+
+def energy_distance(x, y):
+    """2 E|x - y| - E|x - x'| - E|y - y'|."""
+    x, y = x.flatten(1), y.flatten(1)
+    return (2 * torch.cdist(x, y).mean() - torch.cdist(x, x).mean() - torch.cdist(y, y).mean()).item()
+
+
+@pytest.mark.slow
+def test_a_student_matches_the_distribution_by_a_critic_that_learns_and_by_no_other():
+    """In one step. A critic that is the teacher for good finds nothing to mend, and the student stays as it began."""
+    real, found = Residual.data(2000, 1), {}
+    for rate in (1.0, 0.0):
+        torch.manual_seed(0)
+        student, critic, teacher = (Denoiser(Residual(), Flow(), prediction.flow) for _ in range(3))
+        objective = matching(Teacher(teacher), critic, every=3, critic_rate=rate)
+        optimizers = {
+            name: torch.optim.Adam(trained(module), lr=1e-3 * objective.rates.get(name, 1.0), betas=(0.0, 0.99))
+            for name, module in {"denoiser": student, **objective.networks}.items()
+        }
+        for at in range(2000):
+            given = Batch(real[:256], {}, Draw(0, at, range(1), 256))
+            for name, loss in objective.phases(student, given, at):
+                for optimizer in optimizers.values():
+                    optimizer.zero_grad()
+                loss.backward()
+                optimizers[name].step()
+        with torch.no_grad():
+            x = torch.randn(2000, 2, 1, 1, generator=torch.Generator().manual_seed(2))
+            found[rate] = energy_distance(consistency.sample(student, Flow(), x, evenly(Flow(), num_steps=1)), real)
+    assert found[1.0] < 0.1 and found[0.0] > 0.5, found

@@ -37,7 +37,8 @@ def lines(cfg):
 def weights(cfg):
     """All that the newest checkpoint has, by group and name."""
     path = checkpoint.committed(Path(cfg.runs_dir) / cfg.run / "checkpoints")[-1]
-    return {group: checkpoint.load_weights(path, group) for group in ("model", "ema", "optimizer")}
+    groups = ("model", "ema", "optimizer", "objective", "optimizer-critic")  # the last, if there are some
+    return {group: checkpoint.load_weights(path, group) for group in groups if checkpoint.layout(path, group)}
 
 
 def copied(cfg, run):

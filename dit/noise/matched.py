@@ -1,8 +1,11 @@
 """A network of one schedule, on the path of another."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from dit.noise.denoiser import Denoiser
 from dit.noise.prediction import Coefficients, Prediction
 from dit.noise.schedule import NoiseLevel, Schedule
 
@@ -70,3 +73,9 @@ def matched(schedule: Schedule, t: Tensor, *, prediction: Prediction) -> Coeffic
     """What a network of another schedule says, F = a x0 + b eps with the (a, b) of its own."""
     assert isinstance(schedule, Matched)
     return prediction(schedule.of, schedule.there(t))
+
+
+def on_path(denoiser: Denoiser, path: Schedule) -> Denoiser:
+    """The same network as a denoiser of another schedule."""
+    known = Matched(path, denoiser.schedule)
+    return Denoiser(denoiser.network, known, partial(matched, prediction=denoiser.prediction))

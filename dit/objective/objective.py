@@ -37,7 +37,12 @@ class Objective(nn.Module, ABC):
     """A training objective: in one or several phases a step, the network to update and its loss.
 
     What is trained is a `Denoiser`, or something else with a `network`.
+
+    Attributes:
+        every: the denoiser has a phase in the last of each so many steps, and none in the others.
     """
+
+    every: int = 1
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:
@@ -45,6 +50,11 @@ class Objective(nn.Module, ABC):
 
         What else the objective learns shares the optimizer of the denoiser, which is the network named `denoiser`.
         """
+        return {}
+
+    @property
+    def rates(self) -> Mapping[str, float]:
+        """The learning rates of those networks over that of the denoiser; 1 of those that are not named."""
         return {}
 
     @property

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from dit.noise.denoiser import Denoiser, expand_like
-from dit.noise.matched import Matched, matched
+from dit.noise.matched import on_path
 from dit.noise.prediction import Estimate, determinant
 from dit.noise.schedule import Schedule
 from dit.noise.step import mean, step
@@ -83,8 +82,8 @@ class Teacher:
         """
         if self._on and self._on[0] is schedule:
             return self._on[1]
-        own, known = self.denoiser, Matched(schedule, self.denoiser.schedule)
-        guided = self.guidance(Denoiser(own.network, known, partial(matched, prediction=own.prediction)))
+        own = on_path(self.denoiser, schedule)
+        known, guided = own.schedule, self.guidance(own)
 
         @torch.no_grad()
         def denoise(x_t: Tensor, t: Tensor, **cond: Tensor) -> Estimate:
@@ -127,7 +126,7 @@ def baked(teacher: Teacher | None) -> float:
 
 
 def absent(**options: object) -> None:
-    """No teacher, whatever an experiment says of one: each sample speaks for itself."""
+    """None, whatever an experiment says of it: no teacher, so that each sample speaks for itself, or no critic."""
 
 
 def check_start(denoiser: Denoiser) -> None:

@@ -26,7 +26,7 @@ class Bad(NamedTuple):
     """A step that was left out, as this process saw it."""
 
     step: int
-    norm: float  # of the denoiser's gradient
+    norm: float  # of the gradient of its first phase, the denoiser's if it had one
     loss: float
     keys: Sequence[str]  # of its samples
 
@@ -101,7 +101,7 @@ class Guard:
         Args:
             step: just finished.
             applied: whether all its gradients were used, ().
-            norm: of the denoiser's gradient, ().
+            norm: of the gradient of its first phase, ().
             loss: of this process, ().
             keys: of the samples that this process saw.
         """

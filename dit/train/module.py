@@ -120,21 +120,25 @@ class DiffusionModule(LightningModule):
             batch_idx: unused; `step` counts.
 
         Returns:
-            `loss`, the sum over phases of the mean over this process's micro-batches; `grad_norm` of the denoiser
-            before clipping, over all processes; `applied`, whether all gradients were used. All ().
+            `loss`, the sum over phases of the mean over this process's micro-batches; `grad_norm` of the first phase,
+            the denoiser's where it has one, before clipping, over all processes; `applied`, whether all gradients were
+            used. All ().
         """
-        for optimizer in self.strategy.optimizers.values():
+        for network, optimizer in self.strategy.optimizers.items():
             for group in optimizer.param_groups:
                 group.setdefault("initial_lr", group["lr"])
-                self.lr = group["lr"] = group["initial_lr"] * self.learning_rate(self.step)
+                lr = group["initial_lr"] * self.learning_rate(self.step)
+                group["lr"] = lr * self.objective.rates.get(network, 1.0)
+                self.lr = lr
         total = torch.zeros((), device=self.device)
         steps = {}
         for network, loss in self._backward(list(self._micro_batches(batch))):
             steps[network] = self.strategy.step(network, self.guard.allows)
             total = total + loss
         self.step += 1
-        grad_norm, applied = steps["denoiser"]
-        self.ema.update(self.step, applied)
+        if "denoiser" in steps:  # whose steps alone count for the average
+            self.ema.update(self.step // self.objective.every, steps["denoiser"][1])
+        grad_norm, _ = next(iter(steps.values()))
         return {
             "loss": total,
             "grad_norm": grad_norm,

@@ -55,9 +55,7 @@ def load(parts: Parts, path: Path, weights: str = "ema") -> Denoiser:
         path: the checkpoint.
         weights: the name of an average, or `model` for the raw weights.
     """
-    denoiser = parts.denoiser()
-    denoiser.network.load_state_dict(weights_of(path, weights))
-    return denoiser.eval().requires_grad_(False)
+    return _loaded(parts, path, weights).eval().requires_grad_(False)
 
 
 def weights_of(path: Path, name: str = "ema") -> dict[str, Tensor]:
@@ -213,13 +211,7 @@ def teacher(
             applied twice.
     """
     folder = Path(runs_dir) / run
-    parts = _parts(folder)
-    for key, ours in (needs or {}).items():
-        if (theirs := OmegaConf.select(parts.cfg, key)) != ours:
-            raise ValueError(
-                f"objective.teacher.run={run} was trained with {key}={theirs}, but this run has {ours}: a student is "
-                "told and draws what its teacher is; take the same, or another teacher"
-            )
+    parts = _of_the_same_kind("teacher", folder, needs)
     path = newest(folder, step)
     had, kind = state_of(path).few_step, ClassifierFree
     if had and isinstance(had.guidance, Sequence):
@@ -240,6 +232,22 @@ def teacher(
     return Teacher(load(parts, path, weights), guided, solver, num_substeps, scale)
 
 
+def critic(
+    run: str,
+    runs_dir: str = "runs",
+    weights: str = "ema",
+    step: int | None = None,
+    needs: Mapping[str, Any] | None = None,
+) -> Denoiser:
+    """A copy of a run's denoiser, which goes on learning; as for `teacher`.
+
+    Raises:
+        ValueError: if there is no such run or checkpoint, or the student is of another kind.
+    """
+    folder = Path(runs_dir) / run
+    return _loaded(_of_the_same_kind("critic", folder, needs), newest(folder, step), weights)
+
+
 def denoiser(run: str, runs_dir: str = "runs", weights: str = "ema", step: int | None = None) -> Denoiser:
     """The denoiser of a run by its name: a weaker guide.
 
@@ -248,6 +256,25 @@ def denoiser(run: str, runs_dir: str = "runs", weights: str = "ema", step: int |
     """
     folder = Path(runs_dir) / run
     return load(_parts(folder), newest(folder, step), weights)
+
+
+def _loaded(parts: Parts, path: Path, weights: str) -> Denoiser:
+    """The denoiser of a checkpoint, as it was trained."""
+    denoiser = parts.denoiser()
+    denoiser.network.load_state_dict(weights_of(path, weights))
+    return denoiser
+
+
+def _of_the_same_kind(role: str, folder: Path, needs: Mapping[str, Any] | None) -> Parts:
+    """The parts of a run that is told and draws what the student is."""
+    parts = _parts(folder)
+    for key, ours in (needs or {}).items():
+        if (theirs := OmegaConf.select(parts.cfg, key)) != ours:
+            raise ValueError(
+                f"objective.{role}.run={folder.name} was trained with {key}={theirs}, but this run has {ours}: a "
+                f"student is told and draws what its {role} is; take the same, or another {role}"
+            )
+    return parts
 
 
 def _parts(folder: Path) -> Parts:
