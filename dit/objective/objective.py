@@ -18,13 +18,19 @@ class Batch(NamedTuple):
     draw: Draw  # the step's random numbers
     # A profile of the moving average -> for the length of a `with`, the network has its weights; None: its own.
     lent: Callable[[str | None], AbstractContextManager[Any]] = nullcontext
+    eps: Tensor | None = None  # of pairs: the noise that leads to x0, (B, C, H, W)
 
 
 class Objective(nn.Module, ABC):
     """A training objective: in one or several phases a step, the network to update and its loss.
 
     What is trained is a `Denoiser`, or something else with a `network`.
+
+    Attributes:
+        paired: whether it learns from pairs, of which it reads `Batch.eps`.
     """
+
+    paired: bool = False
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:

@@ -1,5 +1,6 @@
 """What a run is made of, checked as far as can be without data, weights and GPUs."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
@@ -39,6 +40,7 @@ def checked(cfg: DictConfig, layout: Layout) -> Checked:
     data, parts, objective, strategy = build(cfg.data), parts_of(cfg), build(cfg.objective), strategy_of(options)
     denoiser = parts.denoiser("meta")
     objective.check(denoiser)
+    _check_pairs(objective, cfg.data.get("fields", []))
     for name in objective.profiles:
         if name not in (there := cfg.ema.profiles):
             raise ValueError(
@@ -53,6 +55,24 @@ def checked(cfg: DictConfig, layout: Layout) -> Checked:
         if data.held_out is None:
             raise ValueError("data.held_out=null, but the metric needs held-out images: give a folder, or metric=none")
     return Checked(data, parts, objective, denoiser, strategy, num_micro_batches)
+
+
+def _check_pairs(objective: Objective, fields: Sequence[str]) -> None:
+    """See that pairs are there if they are learned from, and learned from if they are there.
+
+    Raises:
+        ValueError: if not.
+    """
+    if objective.paired and "noise" not in fields:
+        raise ValueError(
+            f"the objective learns from pairs, but data.fields={list(fields)} has no noise: write them by dit encode "
+            "run=<a teacher> num_images=<how many> out=<folder>, and read them by data=pairs data.path=<folder>"
+        )
+    if "noise" in fields and not objective.paired:
+        raise ValueError(
+            f"data.fields={list(fields)} are those of pairs, but the objective draws noise of its own: take "
+            "objective=reflow, or data of images"
+        )
 
 
 def build_trained(cfg: DictConfig, denoiser: Any) -> None:
