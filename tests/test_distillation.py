@@ -7,6 +7,7 @@ import torch
 from omegaconf import OmegaConf
 from together import differences, lines, train_together, weights
 
+from dit.command import encode
 from dit.command.compose import ConfigError, compose
 from dit.command.dry_run import sound
 from dit.train.layout import assumed_layout
@@ -20,6 +21,7 @@ STUDENTS = {
     "central": ["objective/derivative=central", "objective.own_direction=true", "experiment=digits_meanflow"],
     "shortcut": [],
     "continuous_consistency": ["objective.warmup_steps=4"],
+    "reflow": [],
 }
 STEPS, STOP = 12, 7  # in the midst of the second stage of three
 
@@ -50,12 +52,16 @@ def student(recipe):
     """(method, run, ...) -> the configuration of a student of a teacher that has been trained a little."""
     teacher = recipe("teacher", "experiment=digits_teacher", "trainer.max_steps=30")
     assert train_together([teacher], 1) == 0
+    folder = Path(teacher.runs_dir).parent / "pairs"
+    made = ["run=teacher", f"runs_dir={teacher.runs_dir}", f"out={folder}", "num_images=160", "sampler.num_steps=2"]
+    encode.prepare(made)
+    assert encode.main(compose("pairs", made)) == 0
 
     def of(method, run, *overrides, steps=STEPS):
         chosen = STUDENTS[method]
         if not any(word.startswith("experiment=") for word in chosen):
             chosen = [f"experiment=digits_{method}", *chosen]
-        told = [] if method == "training" else ["objective.teacher.run=teacher"]
+        told = {"training": [], "reflow": [f"data.path={folder}"]}.get(method, ["objective.teacher.run=teacher"])
         lasts = [f"objective.max_steps={STEPS}"] if "max_steps" in _objective(chosen) else []
         init = f"init.path={teacher.runs_dir}/teacher"
         return recipe(run, *chosen, *told, *lasts, init, *overrides, steps=steps)
@@ -85,7 +91,11 @@ def test_a_student_goes_on_bit_equal(student, method):
 @pytest.fixture(scope="module")
 def together(student):
     """Each student by one process and, with some strategies, by two."""
-    strategies = {"ddp": STUDENTS, "fsdp": STUDENTS, "zero2": ["consistency", "progressive", "central", "shortcut"]}
+    strategies = {
+        "ddp": STUDENTS,
+        "fsdp": STUDENTS,
+        "zero2": ["consistency", "progressive", "central", "shortcut", "reflow"],
+    }
     single = {method: student(method, f"{method}-one") for method in STUDENTS}
     double = {
         (method, name): student(method, f"{method}-{name}", f"trainer={name}")
@@ -137,6 +147,8 @@ def test_a_student_begins_as_its_teacher(student):
         ("progressive", ["objective.max_steps=13"], "must be a multiple"),
         ("meanflow", ["model.lands=false"], "model.lands=true"),
         ("meanflow", ["noise=cosine", "prediction=v"], "noise=flow"),
+        ("reflow", ["data=digits"], "dit encode run=<a teacher>"),
+        ("reflow", ["noise=cosine", "prediction=eps"], "times as large in x0"),
         ("continuous_consistency", ["noise=flow", "prediction=flow"], "noise=trigonometric"),
     ],
 )

@@ -39,7 +39,7 @@ class Pairs:
         out: the folder of the shards.
         about: what the manifest says of latent space and run.
         num_images: how many pairs.
-        samples_per_shard: fewer, so that there are 16 shards.
+        samples_per_shard: fewer, if there would not be 16 shards.
         seed: of the noise.
         dtype: of what is written.
         batch_size: how many are sampled at once.
@@ -67,7 +67,7 @@ class Pairs:
         self.pipeline, self.told, self.out, self.by = pipeline, told, out, by
         self.seed, self.dtype, self.batch_size = seed, dtype, batch_size
         self.num_samples = num_images
-        self.samples_per_shard = min(samples_per_shard, -(-num_images // LEAST_SHARDS))
+        self.samples_per_shard = min(samples_per_shard, max(1, num_images // LEAST_SHARDS))
         self.num_shards = -(-num_images // self.samples_per_shard)
         self.about = {**about, "seed": seed}
         sizes = {"num_images": num_images, "samples_per_shard": samples_per_shard, "batch_size": batch_size}
