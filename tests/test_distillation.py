@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from together import differences, lines, train_together, weights
 
-from dit.command import existing, export, sample
+from dit.command import encode, existing, export, sample
 from dit.command.compose import ConfigError, compose, user_errors
 from dit.command.dry_run import sound
 from dit.noise.flow import Flow
@@ -38,6 +38,7 @@ STUDENTS = {
     ],
     "lora": ["adapter=lora", "adapter.rank=4", "experiment=digits_consistency_lora"],
     "dmd": ["objective=dmd_gan", "objective.every=3", "sampler.num_steps=2", "experiment=digits_dmd"],
+    "reflow": [],
 }
 STEPS, STOP = 12, 7  # in the midst of the second stage of three, and of what a critic learns between two steps
 
@@ -68,12 +69,16 @@ def student(recipe):
     """(method, run, ...) -> the configuration of a student of a teacher that has been trained a little."""
     teacher = recipe("teacher", "experiment=digits_teacher", "trainer.max_steps=30")
     assert train_together([teacher], 1) == 0
+    folder = Path(teacher.runs_dir).parent / "pairs"
+    made = ["run=teacher", f"runs_dir={teacher.runs_dir}", f"out={folder}", "num_images=160", "sampler.num_steps=2"]
+    encode.prepare(made)
+    assert encode.main(compose("pairs", made)) == 0
 
     def of(method, run, *overrides, steps=STEPS):
         chosen = STUDENTS[method]
         if not any(word.startswith("experiment=") for word in chosen):
             chosen = [f"experiment=digits_{method}", *chosen]
-        told = [] if method == "training" else ["objective.teacher.run=teacher"]
+        told = {"training": [], "reflow": [f"data.path={folder}"]}.get(method, ["objective.teacher.run=teacher"])
         lasts = [f"objective.max_steps={STEPS}"] if "max_steps" in _objective(chosen) else []
         init = f"init.path={teacher.runs_dir}/teacher"
         return recipe(run, *chosen, *told, *lasts, init, *overrides, steps=steps)
@@ -125,7 +130,7 @@ def together(student):
     strategies = {
         "ddp": STUDENTS,
         "fsdp": STUDENTS,
-        "zero2": ["consistency", "progressive", "central", "shortcut", "lora"],
+        "zero2": ["consistency", "progressive", "central", "shortcut", "lora", "reflow"],
         "zero3": ["lora"],
     }
     single = {method: student(method, f"{method}-one") for method in STUDENTS}
@@ -234,6 +239,8 @@ def test_a_student_with_an_adapter(student, monkeypatch):
         ("progressive", ["objective.max_steps=13"], "must be a multiple"),
         ("meanflow", ["model.lands=false"], "model.lands=true"),
         ("meanflow", ["noise=cosine", "prediction=v"], "noise=flow"),
+        ("reflow", ["data=digits"], "dit encode run=<a teacher>"),
+        ("reflow", ["noise=cosine", "prediction=eps"], "times as large in x0"),
         ("continuous_consistency", ["noise=flow", "prediction=flow"], "noise=trigonometric"),
         ("consistency", ["sampler=heun"], "the sampler heun does not draw a student of consistency"),
         ("progressive", ["sampler.num_steps=2"], "has learned 1 step: take sampler.num_steps=1"),

@@ -12,7 +12,7 @@ from torch import nn
 
 from dit.model.head import Head
 from dit.noise import prediction, weight
-from dit.noise.denoiser import Denoiser, expand_like
+from dit.noise.denoiser import Denoiser, Output, expand_like
 from dit.noise.draw import Draw
 from dit.noise.edm import EDM
 from dit.noise.flow import Flow
@@ -32,6 +32,7 @@ from dit.objective.guidance_distillation import GuidanceDistillation
 from dit.objective.meanflow import MeanFlow
 from dit.objective.objective import Batch
 from dit.objective.progressive import Progressive
+from dit.objective.reflow import Reflow
 from dit.objective.shortcut import Shortcut
 from dit.objective.teacher import Teacher
 from dit.sampler import consistency, flow_map, heun
@@ -118,6 +119,27 @@ def batch(size=64, seed=0, dtype=torch.float64, lent=None):
     x0 = MEAN + STD * torch.randn(size, 1, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=dtype)
     more = {} if lent is None else {"lent": lent}
     return Batch(x0, {"label": torch.arange(size) % 3}, Draw(seed, 0, range(4), size), **more)
+
+
+class Straight(nn.Module):
+    """Says exactly what a point on the line between the noise and its end is made of, up to `wrong`."""
+
+    def __init__(self, schedule, predicted, wrong=0.0):
+        super().__init__()
+        self.schedule, self.prediction, self.exact, self.wrong = schedule, predicted, Gaussian(schedule), wrong
+
+    def end(self, eps):
+        """Where the trajectory of noise ends."""
+        t = torch.full((len(eps),), self.schedule.t_max, dtype=torch.float64)
+        return self.exact.end(expand_like(self.schedule(t).sigma, eps) * eps, t, torch.zeros_like(t))
+
+    def output(self, x_t, t, **cond):
+        alpha, sigma = (expand_like(c, x_t) for c in self.schedule(t.double()))
+        a, b = (expand_like(c, x_t) for c in self.prediction(self.schedule, t.double()))
+        least, slope = self.end(torch.zeros_like(x_t)), self.end(torch.ones_like(x_t))
+        slope = slope - least
+        eps = (x_t - alpha * least) / (alpha * slope + sigma)
+        return Output(a * (least + slope * eps) + b * eps + self.wrong, None)
 
 
 def alike(schedule, t):
@@ -296,6 +318,22 @@ def test_progressive_has_no_error_where_two_steps_of_the_teacher_land(name):
                 student.times = evenly(schedule, num_steps=num_steps)  # noqa: B023
 
         assert loss_of(objective, student, given._replace(lent=Before), at) < 1e-12
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_reflow_has_no_error_at_the_exact_coupling_and_one_beside_it(name):
+    schedule, predicted = SCHEDULES[name][0], prediction.flow if name == "flow" else prediction.v
+    eps = torch.randn(64, 1, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    student = Straight(schedule, predicted)
+    pairs = batch()._replace(x0=student.end(eps), eps=eps)
+    assert pairs.x0.mean().item() == pytest.approx(MEAN, abs=0.05) and pairs.x0.std().item() == pytest.approx(STD, 0.05)
+    objective = Reflow(uniform)
+    assert loss_of(objective, student, pairs) < 1e-12
+    assert loss_of(objective, Straight(schedule, predicted, wrong=0.1), pairs) > 1e-3
+    assert loss_of(objective, student, pairs._replace(eps=eps.flip(0))) > 1e-2
+    if name == "flow":  # in one step from the noise
+        velocity = student.output(eps, torch.ones(64)).f
+        torch.testing.assert_close(eps - velocity, pairs.x0)
 
 
 @pytest.mark.parametrize("objective", ["consistency", "progressive"])

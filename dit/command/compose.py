@@ -60,9 +60,10 @@ def launch(verb: str, command: ModuleType, arguments: Sequence[str]) -> int:
     Args:
         verb: the name of `conf/<verb>.yaml`.
         command: with `main(cfg) -> exit code`, `check(cfg)`, `tell_apart(cfg, suffix)` for the jobs of a multirun, and,
-            where options depend on the overrides, `prepare(overrides)`, None if only help is asked for; and `VERBATIM`,
-            keys whose values are text. Instead of `main`, `main_of_all(jobs, options)` is given all jobs of a multirun
-            at once, each a configuration and its overrides.
+            where options depend on the overrides, `prepare(overrides)`, None if only help is asked for; where they
+            choose among several files, `configuration(overrides)`; and `VERBATIM`, keys whose values are text. Instead
+            of `main`, `main_of_all(jobs, options)` is given all jobs of a multirun at once, each a configuration and
+            its overrides.
         arguments: what follows the verb.
 
     Returns:
@@ -73,8 +74,9 @@ def launch(verb: str, command: ModuleType, arguments: Sequence[str]) -> int:
     try:
         if hasattr(command, "prepare"):
             command.prepare(None if args.help else args.overrides)
+        name = command.configuration(args.overrides) if hasattr(command, "configuration") else verb
         batch = [] if args.help or args.hydra_help else jobs(args.overrides, args.multirun)
-        composed = [compose(verb, job, [args.config_dir] if args.config_dir else []) for job in batch]
+        composed = [compose(name, job, [args.config_dir] if args.config_dir else []) for job in batch]
         for cfg in composed:
             command.check(cfg)
     except Exception as error:
@@ -97,7 +99,7 @@ def launch(verb: str, command: ModuleType, arguments: Sequence[str]) -> int:
             raise SystemExit(code)  # past Hydra, which would make it 1
 
     sys.argv = [f"dit {verb}", *arguments]
-    hydra.main(config_path=str(config_dir()), config_name=verb, version_base="1.3")(task)()
+    hydra.main(config_path=str(config_dir()), config_name=name, version_base="1.3")(task)()
     return 0
 
 

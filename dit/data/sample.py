@@ -41,13 +41,13 @@ def array(data: bytes, dimensions: int) -> np.ndarray:
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-    shape, _, dtype = read(file)
+    shape, columns_first, dtype = read(file)
     if dtype.kind not in "fiub" or len(shape) != dimensions:
         raise ValueError(f"an array of shape {shape} and {dtype}, expected numbers in {dimensions} dimensions")
     if len(data) > MAX_FILE_BYTES or int(np.prod(shape, dtype=object)) * dtype.itemsize != len(data) - file.tell():
         raise ValueError(f"an array of shape {shape} and {dtype} in {len(data):,} bytes")
-    file.seek(0)
-    return np.load(file, allow_pickle=False)
+    # np.load would read the header once more, which takes longer than the numbers of a small array.
+    return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape, order="F" if columns_first else "C").copy()
 
 
 FIELDS: dict[str, tuple[str, Callable[[bytes], Any]]] = {  # by name: the file's extension, and what it holds
@@ -55,6 +55,7 @@ FIELDS: dict[str, tuple[str, Callable[[bytes], Any]]] = {  # by name: the file's
     "caption": ("txt", caption),
     "text": ("text.npy", lambda data: array(data, 2)),
     "pooled": ("pooled.npy", lambda data: array(data, 1)),
+    "noise": ("noise.npy", lambda data: array(data, 3)),
 }
 LATENT, FLIPPED = "latent.npy", "latent_flipped.npy"
 
@@ -81,6 +82,8 @@ class Decoder:
                 raise ValueError(f"data.{name}={value} must be at least 1")
         if unknown := [field for field in fields if field not in FIELDS]:
             raise ValueError(f"data.fields={list(fields)}: there is no {unknown[0]}; choose of {', '.join(FIELDS)}")
+        if "noise" in fields and not encoded:
+            raise ValueError(f"data.fields={list(fields)}: noise belongs to pairs, which data=pairs reads")
         self.image_size = image_size
         self.channels = channels
         self.num_classes = num_classes
@@ -90,7 +93,8 @@ class Decoder:
 
     def of_images(self) -> "Decoder":
         """The same of images that are not encoded, with the fields of images."""
-        return Decoder(self.image_size, self.channels, self.num_classes, self.fields)
+        fields = [field for field in self.fields if field != "noise"]
+        return Decoder(self.image_size, self.channels, self.num_classes, fields)
 
     def files(self, flip: bool = False) -> dict[str, tuple[str, ...]]:
         """What is read, by name: the extensions of which a sample has one."""
@@ -121,6 +125,8 @@ class Decoder:
                     self._check_latent(sample[name])
                 else:
                     sample[name] = FIELDS[name][1](data)
+                    if name == "noise":
+                        self._check_latent(sample[name][None])
         except Exception as error:  # Pillow and numpy raise many kinds
             raise BadSample(f"its {name} cannot be read: {error}") from error
         if not 0 <= sample.get("label", 0) < self.num_classes:
@@ -135,13 +141,13 @@ class Decoder:
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Samples as one batch: images, latents and labels as tensors, the others as arrays of objects of any size."""
+    """Samples as one batch: images, latents, noise and labels as tensors, others as arrays of objects of any size."""
     batch: dict[str, Any] = {}
     for name in samples[0] if samples else ():
         values = [sample[name] for sample in samples]
         if name == "image":
             batch[name] = torch.stack(values)
-        elif name == "latent":
+        elif name in ("latent", "noise"):
             batch[name] = torch.from_numpy(np.stack(values))
         elif name == "label":
             batch[name] = torch.tensor(values)

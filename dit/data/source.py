@@ -98,7 +98,7 @@ class Source(ABC):
 
         Yields:
             `image`, uint8 (B, C, H, W), or `latent`, (B, K, c, h, w), and `key`, an array of B names, and the fields:
-            `label`, int64 (B,), the others arrays of B strings or arrays.
+            `label`, int64 (B,), `noise`, (B, c, h, w), the others arrays of B strings or arrays.
         """
 
     def has_images(self, split: str) -> bool:

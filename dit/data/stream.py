@@ -27,7 +27,8 @@ class Stream(Source):
     """Shards of images (`.png`, `.jpg`, `.jpeg`, `.webp`) and other files of the same name, the fields of a sample.
 
     The fields are `label` (`.cls`, a class in ASCII), `caption` (`.txt`), and embeddings of a text, `text`
-    (`.text.npy`, (L, W)) and `pooled` (`.pooled.npy`, (W,)). Encoded shards have `.latent.npy` in place of images.
+    (`.text.npy`, (L, W)) and `pooled` (`.pooled.npy`, (W,)). Encoded shards have `.latent.npy` in place of images, and
+    those of pairs `noise` (`.noise.npy`, (c, h, w)), which leads to it.
 
     The samples of a step, their order, crops and flips follow from (seed, step, lane) alone (`order.py`): they are the
     same with any number of workers and devices, and going on at a step is arithmetic and a seek. A sample that cannot
@@ -100,6 +101,8 @@ class Stream(Source):
             raise ValueError(
                 "data.crop=random, but encoded shards are cropped already (data.encoded=true): take data.crop=centre"
             )
+        if flip and "noise" in fields:
+            raise ValueError("data.flip=true, but the noise of a pair leads to its image as it is: data.flip=false")
         if len(set(paths)) < len(paths):
             raise ValueError(f"data.path={paths} names a folder twice: take data.order=resampled and data.weights")
         if max_bad > 1:
@@ -123,15 +126,17 @@ class Stream(Source):
             return
         for store in self.shards.stores:
             if self.decoder.encoded and not store.remote and not Path(store.folder).exists():
+                pairs = "run=<a teacher> num_images=<how many>"
+                source = pairs if "noise" in self.decoder.fields else "data=<shards of images> latent=<a VAE>"
                 raise ValueError(
-                    f"data.path={store.folder} does not exist: dit encode data=<shards of images> latent=<a VAE> "
-                    f"out={store.folder} writes it"
+                    f"data.path={store.folder} does not exist: dit encode {source} out={store.folder} writes it"
                 )
         self.ordered(batch_size, 0, lanes)
         share(lanes, 0, world_size)
         self._check_cache(lanes)
         again = "; of an older version, delete the folder and it is packed again" if self._pack else ""
-        abouts = [{k: v for k, v in found.about.items() if k in ("latent", "text")} for found in self.shards.indices]
+        told = ("latent", "text", "pairs")
+        abouts = [{k: v for k, v in found.about.items() if k in told} for found in self.shards.indices]
         if any(about != abouts[0] for about in abouts):
             raise ValueError(f"the shards of data.path={self.paths} were encoded differently: {abouts}")
         self.about = abouts[0]

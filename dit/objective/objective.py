@@ -18,6 +18,7 @@ class Batch(NamedTuple):
     draw: Draw  # the step's random numbers
     # A profile of the moving average -> for the length of a `with`, the network has its weights; None: its own.
     lent: Callable[[str | None], AbstractContextManager[Any]] = nullcontext
+    eps: Tensor | None = None  # of pairs: the noise that leads to x0, (B, C, H, W)
 
 
 class FewStep(NamedTuple):
@@ -40,9 +41,11 @@ class Objective(nn.Module, ABC):
 
     Attributes:
         every: the denoiser has a phase in the last of each so many steps, and none in the others.
+        paired: whether it learns from pairs, of which it reads `Batch.eps`.
     """
 
     every: int = 1
+    paired: bool = False
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:

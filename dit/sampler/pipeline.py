@@ -1,6 +1,6 @@
 """From labels and a seed to pictures."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -69,6 +69,21 @@ class Pipeline:
         Returns:
             (N, C, H, W) uint8, on the CPU.
         """
+        drawn = self.latents(asked, num_images, seed=seed, batch_size=batch_size, noise=noise, avoid=avoid)
+        return torch.cat([to_uint8(self.latent.decode(z)) for z in drawn]).cpu()
+
+    @torch.no_grad()
+    def latents(
+        self,
+        asked: Mapping[str, Any],
+        num_images: int,
+        *,
+        seed: int = 0,
+        batch_size: int = 256,
+        noise: Tensor | None = None,
+        avoid: Mapping[str, Any] | None = None,
+    ) -> Iterator[Tensor]:
+        """What the pictures are decoded from, a batch at a time; the arguments are those of a call."""
         device = self.device
         schedule = self.denoiser.schedule
         null = self.condition.null
@@ -76,7 +91,6 @@ class Pipeline:
             other = self.condition.part(avoid, Draw(seed, 0, [0], 1, device), self.latent.encode)
             null = partial(_instead, null, other)
         guided = self.guidance(self.denoiser, null)
-        pictures = []
         for first in range(0, num_images, batch_size):
             lanes = range(first, min(first + batch_size, num_images))
             draw = Draw(seed, 0, lanes, len(lanes), device)
@@ -84,15 +98,13 @@ class Pipeline:
             cond = self.condition(part, draw, self.latent.encode)
             x = draw.normal("x", self.latent.shape) if noise is None else noise[first : first + len(lanes)]
             x = schedule(self.times[0]).sigma * x
-            z = self.sampler(
+            yield self.sampler(
                 lambda x_t, t, s=None, cond=cond: guided(x_t, t, s, **cond),
                 schedule,
                 x,
                 self.times,
                 generator=draw.generator("z", lane=first),
             )
-            pictures.append(to_uint8(self.latent.decode(z)))
-        return torch.cat(pictures).cpu()
 
     def noise(self, seed: int, num_images: int) -> Tensor:
         """The noise (N, C, H, W) with which the first pictures of a seed begin."""

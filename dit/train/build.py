@@ -66,7 +66,8 @@ class Parts:
             ValueError: if they are not.
         """
         cfg = self.cfg
-        if cfg.data.get("encoded") and cfg.latent._target_ == PIXELS:
+        paired = "noise" in cfg.data.get("fields", [])  # which may be of pixels
+        if cfg.data.get("encoded") and cfg.latent._target_ == PIXELS and not paired:
             raise ValueError(
                 "data.encoded=true, but latent=pixels: take the latent= that encoded them, or data of images"
             )

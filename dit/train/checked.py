@@ -1,5 +1,6 @@
 """What a run is made of, checked as far as can be without data, weights and GPUs."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
@@ -43,6 +44,7 @@ def checked(cfg: DictConfig, layout: Layout) -> Checked:
     objective.check(denoiser)
     if few_step := objective.few_step():
         check_drawn(few_step, cfg)
+    _check_pairs(objective, cfg.data.get("fields", []))
     for name in objective.profiles:
         if name not in (there := cfg.ema.profiles):
             raise ValueError(
@@ -79,6 +81,24 @@ def _check_derivative(derivative: object, parts: Any, options: DictConfig) -> No
             )
     (x, _), cond = inputs_of(parts, 1, "meta")
     derivatives.check(derivative, parts.denoiser("meta"), x, cond)
+
+
+def _check_pairs(objective: Objective, fields: Sequence[str]) -> None:
+    """See that pairs are there if they are learned from, and learned from if they are there.
+
+    Raises:
+        ValueError: if not.
+    """
+    if objective.paired and "noise" not in fields:
+        raise ValueError(
+            f"the objective learns from pairs, but data.fields={list(fields)} has no noise: write them by dit encode "
+            "run=<a teacher> num_images=<how many> out=<folder>, and read them by data=pairs data.path=<folder>"
+        )
+    if "noise" in fields and not objective.paired:
+        raise ValueError(
+            f"data.fields={list(fields)} are those of pairs, but the objective draws noise of its own: take "
+            "objective=reflow, or data of images"
+        )
 
 
 def build_trained(cfg: DictConfig, denoiser: Any) -> None:

@@ -1,6 +1,5 @@
 """From shards of images to shards of what a VAE, and a text encoder, make of them."""
 
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,13 +18,11 @@ from dit.data.image import decode
 from dit.data.sample import FLIPPED, IMAGE_EXTENSIONS, LATENT
 from dit.data.scan import Damage, lines
 from dit.data.shards import BadSample, Shards
-from dit.data.store import DataError, Store
-from dit.data.writer import check_apart, write_shard
+from dit.data.store import DataError
+from dit.data.writer import write_shard
 from dit.latent.latent import Latent
+from dit.train.made import DTYPES, claim, clean, committed, name_of, npy, whole
 from dit.weights.identity import sha256
-
-PLAN = "encoding.json"
-DTYPES = {"float32": np.float32, "float16": np.float16}
 
 
 class Encoding:
@@ -69,21 +66,15 @@ class Encoding:
         num_threads: int = 1,
         max_bad: float = 0.001,
     ):
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype={dtype}: choose one of {', '.join(DTYPES)}")
         self.shards, self.latent, self.out, self.text = shards, latent, out, text
         self.image_size, self.channels, self.flip, self.keep_images = image_size, channels, flip, keep_images
         self.dtype, self.batch_size, self.num_threads, self.max_bad = dtype, batch_size, num_threads, max_bad
-        own = identity(latent)
+        self.num_samples, self.num_shards, self.by = shards.total, len(shards.all), latent.name
+        if not latent.name:
+            raise ValueError("latent=pixels encodes nothing: choose a VAE, like latent=sd_vae")
         self.device = next(latent.parameters()).device
         self.about: dict[str, Any] = {
-            "latent": {
-                **own,
-                "shape": list(latent.shape),
-                "image_size": image_size,
-                "flipped": flip,
-                "dtype": dtype,
-            },
+            "latent": {**space(latent, image_size, dtype), "flipped": flip},
             "source": "+".join(found.fingerprint for found in shards.indices),
         }
         if text is not None:
@@ -93,19 +84,7 @@ class Encoding:
                 "width": text.width,
                 "max_length": text.max_length,
             }
-        plan = {**self.about, "keep_images": keep_images, "batch_size": batch_size}
-        if (out / PLAN).exists() and (before := json.loads((out / PLAN).read_text())) != plan:
-            other = ", ".join(f"{key} was {had}, now {now}" for key, had, now in _differing(before, plan))
-            raise ValueError(f"out={out} holds shards that were encoded otherwise ({other}): choose another out")
-        if not (out / PLAN).exists() and out.exists() and any(out.glob("*.tar")):
-            raise ValueError(f"out={out} holds shards of another kind: choose another out")
-        for store in shards.stores:
-            if not store.remote:
-                check_apart(out, Path(store.folder))
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"out={out} is a file: choose a folder")
-        out.mkdir(parents=True, exist_ok=True)
-        index.replace(out / PLAN, (json.dumps(plan, indent=1) + "\n").encode())
+        claim(out, {**self.about, "keep_images": keep_images, "batch_size": batch_size}, shards.stores)
         self._lost = self._count_lost()
 
     def one(self, number: int) -> None:
@@ -117,12 +96,11 @@ class Encoding:
         self._check_lost()
         if self._done(number):
             return
-        for stale in self.out.glob(f"{number:06d}.*.tmp"):
-            stale.unlink()
+        clean(self.out, number)
         bad: list[Damage] = []
         samples = self._samples(number, bad)
         if (first := next(samples, None)) is not None:
-            write_shard(self.out / _name(number), chain([first], samples))
+            write_shard(self.out / name_of(number), chain([first], samples))
         index.replace(self._left_out(number), lines(bad))  # last: it says that the shard is done
         self._lost += len(bad)
         self._check_lost()
@@ -147,9 +125,7 @@ class Encoding:
             return None
         self._lost = self._count_lost()
         self._check_lost()
-        names = [path.name for path in sorted(self.out.glob("*.tar"))]
-        found = [index.load(Store(str(self.out)), name)[0] for name in names]
-        return index.commit(self.out, found, {**self.about, **({"left_out": self._lost} if self._lost else {})})
+        return committed(self.out, {**self.about, **({"left_out": self._lost} if self._lost else {})})
 
     def _left_out(self, number: int) -> Path:
         return self.out / f"{number:06d}.left_out.jsonl"
@@ -161,17 +137,8 @@ class Encoding:
         if not self._left_out(number).exists():
             return False
         lost = self._left_out(number).read_bytes().count(b"\n")
-        if lost == self.shards.all[number].samples:
-            return True
-        path = self.out / _name(number)
-        try:
-            shard, _ = index.load(Store(str(self.out)), path.name)
-            return path.exists() and (shard.bytes, shard.samples + lost) == (
-                path.stat().st_size,
-                self.shards.all[number].samples,
-            )
-        except ValueError:
-            return False
+        kept = self.shards.all[number].samples - lost
+        return not kept or whole(self.out, number, kept)
 
     def _samples(self, number: int, bad: list[Damage]) -> Iterator[tuple[str, Mapping[str, bytes]]]:
         """The encoded samples of a shard; those that cannot be read are noted."""
@@ -227,35 +194,26 @@ class Encoding:
         dropped = () if self.keep_images else IMAGE_EXTENSIONS
         for i, key in enumerate(keys):
             kept = {extension: data for extension, data in files[i].items() if extension not in dropped}
-            yield key, kept | {extension: self._npy(arrays[i]) for extension, arrays in made.items()}
+            yield key, kept | {extension: npy(arrays[i], self.dtype) for extension, arrays in made.items()}
 
     def _moments(self, images: Tensor) -> list[np.ndarray]:
         return list(self.latent.moments(images).cpu().numpy())
 
-    def _npy(self, array: np.ndarray) -> bytes:
-        file = io.BytesIO()
-        np.save(file, np.ascontiguousarray(array, dtype=DTYPES[self.dtype]), allow_pickle=False)
-        return file.getvalue()
 
+def space(latent: Latent, image_size: int, dtype: str) -> dict[str, Any]:
+    """What a manifest says of the latent space of its shards.
 
-def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """What differs in two plans: the key, what it was, what it is."""
-    for key in now:
-        if isinstance(now[key], dict) and isinstance(before.get(key), dict):
-            yield from _differing(before[key], now[key])
-        elif now[key] != before.get(key):
-            yield key, before.get(key), now[key]
+    Raises:
+        ValueError: if there is no such dtype.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype}: choose one of {', '.join(DTYPES)}")
+    return {**identity(latent), "shape": list(latent.shape), "image_size": image_size, "dtype": dtype}
 
 
 def identity(latent: Latent) -> dict[str, str]:
-    """The name of a latent space and the SHA-256 of its weights.
-
-    Raises:
-        ValueError: if it has none.
-    """
-    if not latent.name:
-        raise ValueError("latent=pixels encodes nothing: choose a VAE, like latent=sd_vae")
-    return {"name": latent.name, "sha256": sha256(latent)}
+    """The name of a latent space and the SHA-256 of its weights; pixels have none."""
+    return {"name": latent.name, "sha256": sha256(latent)} if latent.name else {"name": "pixels", "sha256": ""}
 
 
 def check_encoded(
@@ -282,7 +240,3 @@ def check_encoded(
     for key, value in {"image_size": image_size, "shape": list(shape)}.items():
         if encoded[key] != value:
             raise ValueError(f"data.path={path} was encoded with {key}={encoded[key]}, but the run has {value}")
-
-
-def _name(number: int) -> str:
-    return f"{number:06d}.tar"

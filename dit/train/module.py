@@ -116,7 +116,7 @@ class DiffusionModule(LightningModule):
 
         Args:
             batch: this process's part of the global batch: `key` (B,), `image` (B, C, H, W), uint8, or `latent`
-                (B, K, c, h, w), its moments, and the fields of the condition, tensors or arrays.
+                (B, K, c, h, w), its moments, the fields of the condition, tensors or arrays, and of pairs `noise`.
             batch_idx: unused; `step` counts.
 
         Returns:
@@ -173,7 +173,8 @@ class DiffusionModule(LightningModule):
             else:
                 z = draw.apply("latent", self.latent.encode, told["image"].float() / 127.5 - 1)
             cond = self.condition(self.condition.asked(told, draw), draw, self.latent.encode)
-            yield Batch(z, self.condition.augment(cond, draw), draw, self._lent)
+            eps = told["noise"].to(z) if "noise" in told else None
+            yield Batch(z, self.condition.augment(cond, draw), draw, self._lent, eps)
 
     def _lent(self, profile: str | None) -> AbstractContextManager[None]:
         """For the length of a `with`, the network has the weights of an average; None: its own."""

@@ -27,6 +27,7 @@ from dit.train.devices import layout_of, settled
 from dit.train.encoding import check_encoded, identity
 from dit.train.environment import gathered
 from dit.train.files import replace, rewound
+from dit.train.pairs import check_pairs
 from dit.train.published import beginning
 from dit.train.same import differences
 from dit.train.saved import PROGRESS, summary_of
@@ -98,6 +99,8 @@ class Run:
             check_encoded(
                 self.data.about, self.encoder, self.latent.shape, self.cfg.data.image_size, self.cfg.data.path
             )
+            if "pairs" in self.data.about:
+                check_pairs(self.data.about, self.parts.condition.sizes, self.cfg.data.path)
             if (text := self.data.about.get("text", {}).get("name")) != self.cfg.condition.get("name", text):
                 print(f"dit: WARNING: captions were read by {text}, but prompts will be by {self.cfg.condition.name}")
         if self.cfg.metric:
