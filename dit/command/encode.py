@@ -128,7 +128,6 @@ def _pairs(cfg: DictConfig, device: str) -> "Pairs":
 
     from dit.data.stream import Stream
     from dit.train.build import build
-    from dit.train.checkpoint import step_of
     from dit.train.encoding import space
     from dit.train.pairs import Pairs, in_turn, of_data
     from dit.weights.identity import sha256
@@ -136,7 +135,7 @@ def _pairs(cfg: DictConfig, device: str) -> "Pairs":
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
     run = load(cfg)
-    condition, step = run.parts.condition, step_of(run.checkpoint)
+    condition, step = run.parts.condition, run.step
     about = {
         "latent": space(run.latent, run.parts.cfg.data.image_size, cfg.dtype),
         "pairs": {

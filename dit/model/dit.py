@@ -216,8 +216,8 @@ class DiT(nn.Module):
 
     def reset_parameters(self) -> None:
         """The published initialization: Xavier for linear layers, N(0, 0.02) for embeddings, zero gates and output."""
-        zero = ("adaLN_modulation.1", "final_layer.linear", "cross_attn.proj", "t_block.1")
-        zero += ("gap_embedder.mlp.2", "scale_embedder.mlp.2")
+        embedders = ("gap_embedder.mlp.2", "scale_embedder.mlp.2")
+        zero = ("adaLN_modulation.1", "final_layer.linear", "cross_attn.proj", "t_block.1", *embedders)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 weight = module.weight.flatten(1)  # a patch is one long input

@@ -11,11 +11,10 @@ from dit.noise.denoiser import Denoiser
 Derivative = Callable[[Callable[..., Tensor], Sequence[Tensor], Sequence[Tensor]], Tensor]
 
 
-def check(derivative: object, denoiser: Denoiser, x: Tensor, cond: Mapping[str, Tensor]) -> None:
-    """See, for `jvp`, that all of a network has a forward derivative; other derivatives ask for nothing.
+def check_forward(denoiser: Denoiser, x: Tensor, cond: Mapping[str, Tensor]) -> None:
+    """See, for `jvp`, that all of a network has a forward derivative.
 
     Args:
-        derivative: of an objective.
         denoiser: on the meta device, where nothing is computed.
         x: of the right size, there.
         cond: the same.
@@ -23,8 +22,6 @@ def check(derivative: object, denoiser: Denoiser, x: Tensor, cond: Mapping[str, 
     Raises:
         ValueError: if something has none, such as a kernel of attention, with the way out.
     """
-    if not is_exact(derivative):
-        return
     t = torch.empty(len(x), device=x.device)
     try:
         jvp(lambda x, t: denoiser(x, t, **cond).eps, (x, t), (x, t))
@@ -35,7 +32,7 @@ def check(derivative: object, denoiser: Denoiser, x: Tensor, cond: Mapping[str, 
         ) from error
 
 
-def is_exact(derivative: object) -> bool:
+def is_forward(derivative: object) -> bool:
     """Whether it is `jvp`."""
     return getattr(derivative, "func", derivative) is jvp
 

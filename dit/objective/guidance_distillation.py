@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from dit.noise.denoiser import Denoiser, expand_like
@@ -71,7 +70,8 @@ class GuidanceDistillation(Objective):
         t = self.times(schedule, batch.draw.uniform("t"))  # (B,)
         x_t = point(schedule, t, x0, batch.draw.normal("eps", x0.shape[1:]))  # (B, C, H, W)
         if self.scales is not None:
-            told["scale"] = torch.lerp(*(torch.full_like(t, w) for w in self.scales), batch.draw.uniform("w").to(t))
+            first, last = self.scales
+            told["scale"] = first + (last - first) * batch.draw.uniform("w")  # (B,)
         said = self.teacher.on(schedule)(x_t, t, **told)
         a, b = (expand_like(c, x_t) for c in denoiser.prediction(schedule, t))
         f = denoiser.output(x_t, t, **told).f

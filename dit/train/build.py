@@ -160,8 +160,8 @@ class Parts:
         return "image_channels" in self.condition.sizes
 
     @property
-    def grid(self) -> Callable[[Schedule], Tensor]:
-        """Schedule -> times, (num_steps + 1,)."""
+    def grid(self) -> Callable[..., Tensor]:
+        """Schedule -> times, (num_steps + 1,), in as many steps as configured, if num_steps is not given."""
         return partial(build(self.cfg.grid), num_steps=self.cfg.sampler.num_steps)
 
     def subject(

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig
 
 from dit.metric.subject import check_given
-from dit.objective import derivative as derivatives
+from dit.objective.derivative import check_forward, is_forward
 from dit.objective.objective import Objective
 from dit.train.build import PIXELS, build, parts_of
 from dit.train.devices import strategy_of
@@ -52,8 +52,8 @@ def checked(cfg: DictConfig, layout: Layout) -> Checked:
                 "ema= that conf/objective names for it, or leave the target to the network's own weights"
             )
     strategy.check(options, denoiser, objective)
-    if (derivative := getattr(objective, "derivative", None)) is not None:
-        _check_derivative(derivative, parts, options)
+    if is_forward(getattr(objective, "derivative", None)):
+        _check_derivative(parts, options)
     strategy.arrange(denoiser.network, options)
     build(cfg.learning_rate)(0)
     if cfg.metric:
@@ -63,24 +63,23 @@ def checked(cfg: DictConfig, layout: Layout) -> Checked:
     return Checked(data, parts, objective, denoiser, strategy, num_micro_batches)
 
 
-def _check_derivative(derivative: object, parts: Any, options: DictConfig) -> None:
-    """See that the network, spread so, can be differentiated.
+def _check_derivative(parts: Any, options: DictConfig) -> None:
+    """See that the network, spread so, can be differentiated forward.
 
     Raises:
         ValueError: if not, with the way out.
     """
     from dit.train.cost import inputs_of  # which takes a while to import
 
-    way_out = "take objective/derivative=central, or trainer=fsdp"
-    if derivatives.is_exact(derivative):
-        if options.strategy == "zero3":
-            raise ValueError(f"objective/derivative=jvp does not reach through trainer.strategy=zero3: {way_out}")
-        if (size := options.tensor_parallel_size) > 1:
-            raise ValueError(
-                f"objective/derivative=jvp does not reach through trainer.tensor_parallel_size={size}: {way_out}"
-            )
+    # Both gather by functions that have a gradient, but no forward derivative.
+    split = f"tensor_parallel_size={options.tensor_parallel_size}" if options.tensor_parallel_size > 1 else ""
+    if through := "strategy=zero3" if options.strategy == "zero3" else split:
+        raise ValueError(
+            f"objective/derivative=jvp does not reach through trainer.{through}: take objective/derivative=central, or "
+            "trainer=fsdp without tensor parallelism"
+        )
     (x, _), cond = inputs_of(parts, 1, "meta")
-    derivatives.check(derivative, parts.denoiser("meta"), x, cond)
+    check_forward(parts.denoiser("meta"), x, cond)
 
 
 def _check_pairs(objective: Objective, fields: Sequence[str]) -> None:

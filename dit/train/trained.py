@@ -113,7 +113,7 @@ def few_step_at(folder: Path, step: int) -> FewStep | None:
     if saved.exported(folder):
         return state_of(folder).few_step
     paths = checkpoint.committed(folder / "checkpoints")
-    return state_of(next(path for path in paths if checkpoint.step_of(path) >= step)).few_step
+    return state_of(next((path for path in paths if checkpoint.step_of(path) >= step), paths[-1])).few_step
 
 
 def _few_step(record: Mapping[str, Any] | None) -> FewStep | None:
@@ -213,21 +213,23 @@ def teacher(
     folder = Path(runs_dir) / run
     parts = _of_the_same_kind("teacher", folder, needs)
     path = newest(folder, step)
-    had, kind = state_of(path).few_step, ClassifierFree
-    if had and isinstance(had.guidance, Sequence):
-        first, last = had.guidance
+    had = state_of(path).few_step
+    kind: type[ClassifierFree | Told] = ClassifierFree
+    its_own = 1.0 if had is None else had.guidance
+    if isinstance(its_own, Sequence):
+        first, last = its_own
         if not first <= scale <= last:
             raise ValueError(
                 f"objective.teacher.scale={scale}: {run} is told a scale of {first:g} to {last:g}: take one"
             )
         kind, guidance = Told, {}
-    elif had and had.guidance != 1:
+    elif its_own != 1:
         if scale != 1:
             raise ValueError(
-                f"objective.teacher.scale={scale} would guide twice: {run} has guidance of scale {had.guidance:g} for "
-                "good; take objective.teacher.scale=1"
+                f"objective.teacher.scale={scale} would guide twice: {run} has guidance of scale {its_own:g} for good; "
+                "take objective.teacher.scale=1"
             )
-        return Teacher(load(parts, path, weights), None, solver, num_substeps, had.guidance)
+        return Teacher(load(parts, path, weights), None, solver, num_substeps, its_own)
     guided = partial(kind, null=parts.condition.null, scale=scale, **guidance)
     return Teacher(load(parts, path, weights), guided, solver, num_substeps, scale)
 
