@@ -87,7 +87,8 @@ def test_each_part_of_the_memory():
 def test_of_an_adapter_alone_there_are_gradients_states_and_averages():
     recipe = parts(*SMALL, "adapter=lora", "adapter.rank=2", "init=run", "init.path=x")
     need, whole = memory(recipe, 16), memory(parts(*SMALL), 16)
-    trained = 4 * 3 * 2 * (4 + 2 + 5 + 5) * 96  # of three blocks, in 32 bits: in and out of qkv, proj, fc1 and fc2
+    # In 32 bits, in and out: of three blocks' qkv, proj, fc1, fc2 and modulation, and the last one's.
+    trained = 4 * 2 * (3 * (4 + 2 + 5 + 5 + 7) + 3) * 96
     assert need.gradients == need.ema == trained and need.parameters == whole.parameters + trained
     assert need.optimizer == pytest.approx(2 * trained, rel=0.02)
     assert f"of which {trained // 4:,} are trained" in "".join(doctor.network_lines(recipe, 0))

@@ -170,6 +170,7 @@ IMPOSSIBLE = [  # overrides, and both keys as the message names them
     ([*TENSOR, "model.num_heads=1"], "trainer.tensor_parallel_size=2", "model.num_heads=1"),
     ([*TENSOR, *LORA], "trainer.tensor_parallel_size=2", "adapter=none"),
     (["adapter=lora"], "adapter=", "init=none"),
+    (["experiment=digits_consistency_lora", "init=none"], "adapter=", "init=none"),
     ([*LORA, "adapter.rank=0"], "adapter.rank=0", "at least 1"),
     ([*LORA, "adapter.targets=[qvk]"], "adapter.targets=[qvk]", "attn.qkv"),
     ([*TENSOR, "model=unet_digits"], "trainer.tensor_parallel_size=2", "model UNet"),

@@ -90,7 +90,7 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(f"optimizer.betas=[{','.join(map(str, betas))}] must be two numbers, like [0.9,0.999]")
     with user_errors():
         autoencodes(cfg)
-    if cfg.adapter and not cfg.init:
+    if "_target_" in cfg.adapter and "_target_" not in cfg.init:
         raise ConfigError(
             "adapter= adds to frozen weights, but init=none draws them at random: give weights to begin with, like "
             "init=run init.path=runs/<name>"

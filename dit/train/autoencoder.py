@@ -44,6 +44,7 @@ class AutoencoderParts:
     """
 
     restores = True
+    adapter = None
 
     def __init__(self, cfg: DictConfig):
         self.cfg = cfg

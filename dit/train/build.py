@@ -43,7 +43,7 @@ class Parts:
         self.prediction = build(cfg.prediction)
         self.condition = build(cfg.condition)
         self.model = build(cfg.model)
-        self.adapter = build(cfg.adapter) if cfg.get("adapter") else None
+        self.adapter = build(cfg.adapter) if OmegaConf.select(cfg, "adapter._target_") else None
         self._sampler = build({name: value for name, value in cfg.sampler.items() if name != "num_steps"})
         self._guidance = build(cfg.guidance)
         self._check_sizes()

@@ -27,7 +27,7 @@ def autoencodes(cfg: Any) -> bool:
             "objective=autoencoding weighs no times, so that weight= does nothing: leave it out, as "
             "experiment=digits_vae does"
         )
-    if cfg.get("adapter"):
+    if (cfg.get("adapter") or {}).get("_target_"):
         raise ValueError("adapter= is for denoisers; objective=autoencoding trains all of its network: adapter=none")
     return True
 

@@ -106,7 +106,7 @@ class Run:
         if self.cfg.metric:
             check(build(self.cfg.metric), self.parts.subject(denoiser, self.latent, seed=self.cfg.seed, batch_size=1))
         begins = not checkpoint.committed(self.folder / "checkpoints")
-        self.init = self._initial() if self.cfg.init and begins else None
+        self.init = self._initial() if "_target_" in self.cfg.init and begins else None
         self.resolved = OmegaConf.to_container(self.cfg, resolve=True)
         self.resume_from = self.world.once(self._claim)
         self.step = checkpoint.step_of(self.resume_from) if self.resume_from else 0
@@ -115,7 +115,7 @@ class Run:
         """The weights to begin with, as the network needs them, and its adapter."""
         network = self.parts.denoiser("meta").network
         weights = beginning(self.cfg.init, self.cfg.noise, self.cfg.prediction, network)
-        if not self.cfg.get("adapter"):
+        if not self.parts.adapter:
             return weights
         network.load_state_dict(weights, assign=True)
         torch.manual_seed(self.cfg.seed)
@@ -237,7 +237,7 @@ class Run:
         among += [f"{self.num_micro_batches} parts"] if self.num_micro_batches > 1 else []
         among += [f"{batch // parts} images"] if among else []
         on = f" on {self.world.size} devices ({self.layout.name})" if self.world.size > 1 else ""
-        some = f", {self.num_trained:,} of them trained" if self.cfg.get("adapter") else ""
+        some = f", {self.num_trained:,} of them trained" if self.parts.adapter else ""
         self.world.say(
             f"dit: {self.folder}: {f'going on from step {self.step}' if self.step else 'a new run'}, "
             f"{self.num_parameters:,} parameters{some}, {self.cfg.trainer.max_steps} steps of {batch} images"
