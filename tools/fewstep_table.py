@@ -1,9 +1,9 @@
 """Train the digits' teacher and its students, and print one table: python tools/fewstep_table.py.
 
 A student is trained from each of three seeds, and a cell is min / median / max of these; of a student that has learned
-certain numbers of steps the others are left out. The judge is the classifier of metric=classifier, which no training has
-seen; 5,000 samples a cell, of the same noise and labels in all rows. Runs that are already complete are only read. A few
-minutes a student and seed on two CPU cores.
+certain numbers of steps the others are left out. The judge is the classifier of metric=classifier, which no training
+has seen; 5,000 samples a cell, of the same noise and labels in all rows. Runs that are already complete are only read.
+A few minutes a student and seed on two CPU cores.
 """
 
 import argparse
