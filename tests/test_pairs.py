@@ -42,6 +42,7 @@ def config(folder, digits_dir, *overrides):
         "model.num_heads=2",
         "learning_rate=constant",
         "optimizer.lr=2e-3",
+        "ema.decay=0.99",
     ]
     return compose(
         "train",
@@ -175,7 +176,7 @@ def test_pairs_that_were_cut_short_go_on_to_the_same_bytes(folder, tmp_path, cap
 
 @pytest.mark.slow
 def test_pairs_that_were_killed_go_on_to_the_same_bytes(folder, tmp_path):
-    more = ["num_images=2000", "sampler.num_steps=8"]
+    more = ["num_images=600", "sampler.num_steps=8"]
     whole = encoded(folder, tmp_path / "whole", *more)
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "dit", "encode", *options(folder, out, *more)]
@@ -184,7 +185,7 @@ def test_pairs_that_were_killed_go_on_to_the_same_bytes(folder, tmp_path):
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert 3 <= len(list(out.glob("*.npz"))) < 200 and not (out / index.MANIFEST).exists()
+    assert 3 <= len(list(out.glob("*.npz"))) < 60 and not (out / index.MANIFEST).exists()
     assert contents(encoded(folder, out, *more, "processes=2")) == contents(whole)
 
 
@@ -241,7 +242,7 @@ def npy(*shape):
 
 @pytest.mark.slow
 def test_pairs_that_do_not_belong_together_teach_nothing(tmp_path, digits_dir, monkeypatch):
-    """Right pairs lead near to where the teacher does in one step; noise and ends in another order do not."""
+    """One step lands near to where the teacher leads (0.13) with right pairs, and not (0.64) with shuffled ones."""
     steps = ["trainer.batch_size=64", "trainer.max_steps=500"]
     assert train_together([config(tmp_path, digits_dir, "run=teacher", *steps)], 1) == 0
     out = encoded(tmp_path, tmp_path / "out", "num_images=4000", "batch_size=500", "sampler.num_steps=8")
