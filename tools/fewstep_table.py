@@ -122,7 +122,7 @@ def _learned(folder: Path, num_steps: int) -> Path | None:
     """The newest checkpoint that is drawn in so many steps; None: none is."""
     path = trained.newest(folder)
     few_step = trained.state_of(path).few_step
-    if few_step is None or few_step.steps is None or num_steps in few_step.steps:
+    if few_step is None or few_step.takes(num_steps):
         return path
     step = trained.student_of(folder, num_steps)
     return None if step is None else trained.newest(folder, step)

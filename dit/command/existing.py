@@ -128,7 +128,7 @@ def load(cfg: DictConfig) -> Loaded:
     step, few_step = trained.state_of(path)
     if few_step:
         num_steps = asked.sampler.num_steps
-        other = trained.student_of(folder, num_steps)
+        other = None if few_step.takes(num_steps) else trained.student_of(folder, num_steps)
         way_out = "" if other is None else f", or step={other} for {num_steps}"
         check_drawn(few_step, asked, had, way_out)
     parts = parts_of(asked)

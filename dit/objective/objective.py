@@ -29,6 +29,10 @@ class FewStep(NamedTuple):
     steps: Sequence[int] | None  # the numbers of steps that it can take; None: any
     guidance: float | Sequence[float]  # the scale that it has for good, 1: none; or the first and last it may be told
 
+    def takes(self, num_steps: int) -> bool:
+        """Whether it can be drawn in so many steps."""
+        return self.steps is None or num_steps in self.steps
+
     def nearest(self, num_steps: int) -> int:
         """A number of steps that it can take."""
         return num_steps if self.steps is None else min(self.steps, key=lambda n: abs(n - num_steps))

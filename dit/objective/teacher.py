@@ -87,7 +87,8 @@ class Teacher:
 
         @torch.no_grad()
         def denoise(x_t: Tensor, t: Tensor, **cond: Tensor) -> Estimate:
-            own.to(x_t.device)
+            if next(own.parameters(), x_t).device != x_t.device:  # moving looks at each parameter, at each call
+                own.to(x_t.device)
             x0, eps, _ = guided(x_t, t.clamp(max=known.t_max), **cond)
             alpha, sigma = (expand_like(c.to(x_t), x_t) for c in schedule(t))
             return Estimate(x0, torch.where(expand_like(t > known.t_max, x_t), (x_t - alpha * x0) / sigma, eps))

@@ -23,7 +23,7 @@ def check_drawn(taught: FewStep, cfg: Any, had: Any = None, way_out: str = "") -
         name = cfg.sampler._target_.split(".")[-2]
         raise ValueError(f"the sampler {name} does not draw {student}: take sampler={taught.sampler}")
     if taught.steps is not None:
-        if (num_steps := cfg.sampler.num_steps) not in taught.steps:
+        if not taught.takes(num_steps := cfg.sampler.num_steps):
             raise ValueError(
                 f"sampler.num_steps={num_steps}, but {student} has learned {_said(taught.steps)}: take "
                 f"sampler.num_steps={taught.nearest(num_steps)}{way_out}"

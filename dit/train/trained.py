@@ -103,7 +103,7 @@ def student_of(folder: Path, num_steps: int) -> int | None:
     """The step of a run's newest checkpoint of a student that is drawn in so many steps; None: there is none."""
     for path in reversed([] if saved.exported(folder) else checkpoint.committed(folder / "checkpoints")):
         step, few_step = state_of(path)
-        if few_step and few_step.steps is not None and num_steps in few_step.steps:
+        if few_step and few_step.takes(num_steps):
             return step
     return None
 

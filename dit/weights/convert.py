@@ -21,6 +21,8 @@ SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 SINGLE = "diffusion_pytorch_model.safetensors"
 INDEX = f"{SINGLE}.index.json"
 LABELS = {"y_embedder.embedding_table.weight": 1, "label_emb.weight": 0}  # and how many rows are for no class
+# Embedders that most weights do not have: of where a step lands, and of the scale of guidance.
+UNHEEDED = ("gap_embedder.", "scale_embedder.")
 OUTPUTS = tuple(f"{part}.{leaf}" for part in ("final_layer.linear", "out.2") for leaf in ("weight", "bias"))
 # Our names, and those of diffusers' DiTTransformer2DModel: of the network, of each block, and what all blocks repeat.
 WHOLE = {
@@ -279,7 +281,7 @@ def fitted(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]
         if new["pos_embed"].shape[::2] == (1, width):
             new["pos_embed"] = interpolated(new["pos_embed"], round(tokens**0.5))
     for name, value in needed.items():
-        if name.startswith(("gap_embedder.", "scale_embedder.")) and name not in new:
+        if name.startswith(UNHEEDED) and name not in new:
             new[name] = _unheeded(name, value)
     learn_sigma, channels = getattr(network, "learn_sigma", None), getattr(network, "out_channels", 0)
     for name in OUTPUTS:

@@ -5,10 +5,10 @@ from importlib.util import find_spec
 
 from torch import Tensor, nn
 
+from dit.weights.convert import UNHEEDED
+
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 NAME = "default"  # peft's, of the only adapter
-# Trained as a whole: most weights to begin with have none, and empty ones say nothing.
-WHOLE = ("gap_embedder.", "scale_embedder.")
 
 
 def adapted(network: nn.Module, rank: int, targets: Sequence[str]) -> nn.Module:
@@ -43,7 +43,7 @@ def adapted(network: nn.Module, rank: int, targets: Sequence[str]) -> nn.Module:
 
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=found), network, NAME)
     for name, p in network.named_parameters():
-        p.requires_grad_(".lora_" in name or name.startswith(WHOLE))
+        p.requires_grad_(".lora_" in name or name.startswith(UNHEEDED))  # empty ones say nothing
     return network
 
 
