@@ -1,18 +1,21 @@
-"""Train the digits' teacher and its students, and print one table: python tools/fewstep_table.py.
+"""Train the digits' teacher and its students, and print a table: python tools/fewstep_table.py [--table ...].
 
-A student is trained from each of three seeds, and a cell is min / median / max of these; of a student that has learned
-certain numbers of steps the others are left out. The judge is the classifier of metric=classifier, which no training
-has seen; 5,000 samples a cell, of the same noise and labels in all rows. Runs that are already complete are only read.
-A few minutes a student and seed on two CPU cores.
+`students` (the default) compares the methods, `teachers` consistency students of teachers of other schedules and
+predictions, each by several routes, `guidance` a student of a guided teacher. The judge is the classifier of
+metric=classifier, which no training has seen; 5,000 samples a row, of the same noise and labels in all rows. It sees
+what the models say, before that is clipped to pictures, and for `frechet_8bit` the pictures. A student is trained from
+each seed, and a cell is min / median / max of these; of a student that has learned certain numbers of steps the others
+are left out. Runs that are already complete are only read. A few minutes a student and seed on one CPU core.
 """
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from digits_table import trained as train
@@ -26,22 +29,101 @@ from dit.train.build import Parts, build
 
 TEACHER = "digits_teacher"
 STUDENTS = ("progressive", "consistency", "reflow", "meanflow", "continuous_consistency", "shortcut", "dmd")
+COLUMNS = (
+    "accuracy",
+    "frechet",
+    "frechet_held_out",
+    "frechet_teacher",
+    "diversity",
+    "trajectory",
+    "nearest",
+    "frechet_8bit",
+    "cpu_minutes",
+)
+STEPS = (1, 2, 4)
+SCALE = 2.0  # of --table guidance
 NUM_PAIRS, PAIRS_STEPS = 20_000, 16  # of the teacher's, for reflow
-COLUMNS = ("accuracy", "frechet", "frechet_held_out", "frechet_teacher", "diversity", "trajectory", "nearest")
 NOISE_SEED = 4321  # of the samples: no run's
 
+Draw = Callable[..., Tensor]
+Row = tuple[str, list[dict[str, float]]]  # a model in a number of steps; its figures, one for each seed
 
-class Row(NamedTuple):
-    """A model in a number of steps: its figures, one for each seed."""
 
-    name: str
-    figures: list[dict[str, float]]
+class Kind(NamedTuple):
+    """A teacher of another schedule or prediction: overrides of experiment=digits_teacher, and how to learn of it."""
+
+    noise: str
+    prediction: str
+    others: tuple[str, ...] = ()
+
+    @property
+    def overrides(self) -> list[str]:
+        """What makes it of the digits' teacher."""
+        return [f"noise={self.noise}", f"prediction={self.prediction}", *self.others]
+
+    def routes(self, name: str) -> dict[str, list[str]]:
+        """Overrides of experiment=digits_consistency, by route.
+
+        `own` stays on the teacher's schedule; `matched` is exactly the teacher at first, but on the path of flow;
+        `flow` is a flow model that begins with the teacher's weights, whatever they said.
+        """
+        of = [f"objective.teacher.run={name}", f"init.path=${{runs_dir}}/{name}"]
+        path = [f"noise@noise.of={self.noise}", f"prediction@prediction.prediction={self.prediction}"]
+        return {
+            "own": [*of, f"noise={self.noise}", f"prediction={self.prediction}"],
+            "matched": [*of, "noise=matched", "noise@noise.path=flow", "prediction=matched", *path],
+            "flow": of,
+        }
+
+
+TEACHERS = {
+    "edm": Kind("edm", "edm"),
+    "cosine_v": Kind("cosine", "v"),
+    "linear_eps": Kind("linear", "eps"),
+    "learned_variance": Kind("linear", "eps", ("model.learn_sigma=true", "objective.bound_weight=1")),
+}
+
+
+class Referee:
+    """Judges samples of the classes in turn, and compares them with where a teacher's trajectories end.
+
+    Args:
+        judge: sees what is in them.
+        ends: what the teacher makes of the same noise in 32 steps.
+    """
+
+    def __init__(self, judge: Judge, ends: Tensor):
+        self.judge, self.ends = judge, ends
+        self.asked = torch.arange(len(ends)) % judge.num_classes
+        self.unrelated = _distance(ends.flip(0), ends)
+        self.seen_ends, self.seen_held_out = judge.features(ends), judge.features(judge.held_out["image"])
+
+    def __call__(self, images: Tensor) -> dict[str, float]:
+        """The figures of a row."""
+        features = self.judge.features(images)
+        return self.judge.figures(images, self.asked) | {
+            "frechet_held_out": frechet_distance(features, self.seen_held_out),
+            "frechet_teacher": frechet_distance(features, self.seen_ends),
+            "frechet_8bit": self.judge.frechet(images.round().clamp(0, 255)),
+            "trajectory": _distance(images, self.ends) / self.unrelated,
+        }
+
+    def student(self, name: str, folders: list[Path], options: argparse.Namespace) -> Iterator[Row]:
+        """The rows of runs that differ in their seed, one for each number of steps that they have learned."""
+        for num_steps in STEPS:
+            able = [folder for folder in folders if _learned(folder, num_steps)]
+            if able:
+                drawn = [drawer(folder, options.num_images)(None, num_steps) for folder in able]
+                figures = [self(images) | _cost(folder) for images, folder in zip(drawn, able, strict=True)]
+                yield f"{name} {num_steps}", figures
 
 
 def main() -> None:
     """Train what is not trained yet; print the table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--table", choices=list(TABLES), default="students")
     parser.add_argument("--students", nargs="*", default=STUDENTS, choices=STUDENTS)
+    parser.add_argument("--teachers", nargs="*", default=list(TEACHERS), choices=list(TEACHERS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--num-images", type=int, default=5000)
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
@@ -49,49 +131,69 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="for every run, like trainer.log_every_steps=10")
     options = parser.parse_args()
     print("| model and steps | " + " | ".join(COLUMNS) + " |", "|---" * (1 + len(COLUMNS)) + "|", sep="\n")
-    for row in table(options):
-        cells = [_cell([figures[column] for figures in row.figures if column in figures]) for column in COLUMNS]
-        print(f"| {row.name} | " + " | ".join(cells) + " |", flush=True)
+    for name, figures in TABLES[options.table](options):
+        cells = [_cell([one[column] for one in figures if column in one]) for column in COLUMNS]
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
-def table(options: argparse.Namespace) -> Iterator[Row]:
-    """The rows, in order."""
-    folder = run_of(TEACHER, [], options)
+def students(options: argparse.Namespace) -> Iterator[Row]:
+    """The methods, and their teacher in several numbers of steps."""
+    folder = run_of(TEACHER, options)
     draw = drawer(folder, options.num_images)
-    data = build(saved.config(folder).data)
-    judge = Judge(data.read("train"), data.read("held_out"))
-    asked = torch.arange(options.num_images) % judge.num_classes
-    ends = draw("heun", 32)
-    unrelated, seen_held_out = _distance(ends.flip(0), ends), judge.features(judge.held_out["image"])
-    seen_ends = judge.features(ends)
-
-    def figures(images: Tensor) -> dict[str, float]:
-        features = judge.features(images)
-        return judge.figures(images, asked) | {
-            "frechet_held_out": frechet_distance(features, seen_held_out),
-            "frechet_teacher": frechet_distance(features, seen_ends),
-            "trajectory": _distance(images, ends) / unrelated,
-        }
-
+    judge = judge_of(folder)
+    referee = Referee(judge, draw("heun", 32))
+    yield "held-out digits", [{"frechet": judge.frechet(judge.held_out["image"])}]
+    for sampler, num_steps in [*(("euler", n) for n in (1, 2, 4, 8, 32)), ("heun", 32)]:
+        yield f"teacher, {sampler} {num_steps}", [referee(draw(sampler, num_steps)) | _cost(folder)]
     if "reflow" in options.students:
         pairs_of(options)
-    yield Row("held-out digits", [{"frechet": judge.frechet(judge.held_out["image"])}])
-    for sampler, num_steps in [*(("euler", n) for n in (1, 2, 4, 8, 32)), ("heun", 32)]:
-        yield Row(f"teacher, {sampler} {num_steps}", [figures(draw(sampler, num_steps))])
     for student in options.students:
-        folders = [run_of(f"digits_{student}", [f"seed={seed}"], options) for seed in options.seeds]
-        for num_steps in (1, 2, 4):
-            able = [folder for folder in folders if _learned(folder, num_steps)]
-            if able:
-                drawn = [drawer(folder, options.num_images)(None, num_steps) for folder in able]
-                yield Row(f"{student} {num_steps}", [figures(images) for images in drawn])
+        yield from referee.student(student, seeds_of(f"digits_{student}", options), options)
 
 
-def run_of(experiment: str, seed: list[str], options: argparse.Namespace) -> Path:
+def teachers(options: argparse.Namespace) -> Iterator[Row]:
+    """Teachers of other schedules and predictions, each with its consistency students."""
+    for kind in options.teachers:
+        name = f"{TEACHER}_{kind}"
+        folder = run_of(TEACHER, options, *TEACHERS[kind].overrides, run=name)
+        referee = Referee(judge_of(folder), drawer(folder, options.num_images)("heun", 32))
+        yield f"{kind}, heun 32", [referee(referee.ends) | _cost(folder)]
+        for route, overrides in TEACHERS[kind].routes(name).items():
+            folders = seeds_of("digits_consistency", options, *overrides, run=f"digits_consistency_{kind}_{route}")
+            yield from referee.student(f"{kind}, {route}", folders, options)
+
+
+def guidance(options: argparse.Namespace) -> Iterator[Row]:
+    """A guided teacher, and a consistency student of it, which needs one evaluation where it needs 128."""
+    folder = run_of(TEACHER, options)
+    referee = Referee(judge_of(folder), drawer(folder, options.num_images)("heun", 32, scale=SCALE))
+    yield "unguided teacher, heun 32", [referee(drawer(folder, options.num_images)("heun", 32))]
+    yield f"teacher of scale {SCALE:g}, heun 32", [referee(referee.ends)]
+    run = f"digits_consistency_scale_{SCALE:g}"
+    folders = seeds_of("digits_consistency", options, f"objective.teacher.scale={SCALE}", run=run)
+    yield from referee.student(f"consistency of scale {SCALE:g},", folders, options)
+
+
+TABLES: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
+    "students": students,
+    "teachers": teachers,
+    "guidance": guidance,
+}
+
+
+def run_of(experiment: str, options: argparse.Namespace, *overrides: str, run: str | None = None) -> Path:
     """The folder of a run, which is trained first if it is not yet."""
-    name = "-".join([experiment, *(word.replace("=", "") for word in seed)])
-    train([f"experiment={experiment}", *seed], options, run=name)
+    name = run or experiment
+    train([f"experiment={experiment}", *overrides], options, run=name)
     return options.runs_dir / name
+
+
+def seeds_of(experiment: str, options: argparse.Namespace, *overrides: str, run: str | None = None) -> list[Path]:
+    """The same, from each seed."""
+    return [
+        run_of(experiment, options, *overrides, f"seed={seed}", run=f"{run or experiment}-seed{seed}")
+        for seed in options.seeds
+    ]
 
 
 def pairs_of(options: argparse.Namespace) -> None:
@@ -101,19 +203,31 @@ def pairs_of(options: argparse.Namespace) -> None:
     subprocess.run([sys.executable, "-m", "dit", "encode", *words], check=True, stdout=subprocess.DEVNULL)
 
 
-def drawer(folder: Path, num_images: int) -> Callable[[str | None, int], Tensor]:
-    """(sampler, None for the run's own, num_steps) -> images of the classes in turn, all from the same noise."""
+def judge_of(folder: Path) -> Judge:
+    """One that has learned of the data of a run."""
+    data = build(saved.config(folder).data)
+    return Judge(data.read("train"), data.read("held_out"))
+
+
+def drawer(folder: Path, num_images: int) -> Draw:
+    """(sampler, None for the run's own, num_steps) -> images of the classes in turn, of the same noise; not clipped.
+
+    Black is 0 and white 255, as in pictures: an error of either sign stays one, where clipping would leave but a veil.
+    """
     cfg = saved.config(folder)
 
-    def draw(sampler: str | None, num_steps: int) -> Tensor:
+    def draw(sampler: str | None, num_steps: int, scale: float = 1.0) -> Tensor:
         path = _learned(folder, num_steps)
         assert path, f"{folder} has not learned {num_steps} steps"
         denoiser = trained.load(Parts(cfg), path)
         target = {"euler": "dit.sampler.ancestral.sample", "heun": "dit.sampler.heun.sample"}
-        chosen = {"_target_": target[sampler], "_partial_": True} if sampler else dict(cfg.sampler)
-        parts = Parts(OmegaConf.create({**cfg, "sampler": {**chosen, "num_steps": num_steps}}))
+        chosen: dict[str, Any] = {"_target_": target[sampler], "_partial_": True} if sampler else dict(cfg.sampler)
+        told = {"sampler": {**chosen, "num_steps": num_steps}, "guidance": {**cfg.guidance, "scale": scale}}
+        parts = Parts(OmegaConf.create({**cfg, **told}))
         labels = {"label": [i % parts.condition.sizes["num_classes"] for i in range(num_images)]}
-        return parts.pipeline(denoiser, parts.latent())(labels, num_images, seed=NOISE_SEED, batch_size=1000)
+        latent = parts.latent()
+        drawn = parts.pipeline(denoiser, latent).latents(labels, num_images, seed=NOISE_SEED, batch_size=1000)
+        return torch.cat([latent.decode(z).float() * 127.5 + 127.5 for z in drawn])
 
     return draw
 
@@ -126,6 +240,12 @@ def _learned(folder: Path, num_steps: int) -> Path | None:
         return path
     step = trained.student_of(folder, num_steps)
     return None if step is None else trained.newest(folder, step)
+
+
+def _cost(folder: Path) -> dict[str, float]:
+    """What `digits_table.trained` has noted."""
+    noted = folder / "cpu_minutes.json"
+    return json.loads(noted.read_text()) if noted.exists() else {}
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
