@@ -64,13 +64,13 @@ class Kind(NamedTuple):
     def routes(self, name: str) -> dict[str, list[str]]:
         """Overrides of experiment=digits_consistency, by route.
 
-        `own` stays on the teacher's schedule; `matched` is exactly the teacher at first, but on the path of flow;
-        `flow` is a flow model that begins with the teacher's weights, whatever they said.
+        `own` stays on the teacher's schedule, as LCM does; `matched` is exactly the teacher at first, but on the path
+        of flow; `flow` is a flow model that begins with the teacher's weights, whatever they said.
         """
         of = [f"objective.teacher.run={name}", f"init.path=${{runs_dir}}/{name}"]
         path = [f"noise@noise.of={self.noise}", f"prediction@prediction.prediction={self.prediction}"]
         return {
-            "own": [*of, f"noise={self.noise}", f"prediction={self.prediction}"],
+            "own": [*of, f"noise={self.noise}", f"prediction={self.prediction}", "weight=x0"],
             "matched": [*of, "noise=matched", "noise@noise.path=flow", "prediction=matched", *path],
             "flow": of,
         }
@@ -164,7 +164,7 @@ def teachers(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def guidance(options: argparse.Namespace) -> Iterator[Row]:
-    """A guided teacher, and a consistency student of it, which needs one evaluation where it needs 128."""
+    """A guided teacher, and a consistency student of it, which needs one evaluation where it needs 126."""
     folder = run_of(TEACHER, options)
     referee = Referee(judge_of(folder), drawer(folder, options.num_images)("heun", 32, scale=SCALE))
     yield "unguided teacher, heun 32", [referee(drawer(folder, options.num_images)("heun", 32))]
