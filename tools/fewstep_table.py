@@ -50,7 +50,7 @@ Row = tuple[str, list[dict[str, float]]]  # a model in a number of steps; its fi
 
 
 class Kind(NamedTuple):
-    """A teacher of another schedule or prediction: overrides of experiment=digits_teacher, and how to learn of it."""
+    """A teacher of another schedule or prediction: experiment=digits_teacher of half the steps, and how to learn of it."""
 
     noise: str
     prediction: str
@@ -59,7 +59,7 @@ class Kind(NamedTuple):
     @property
     def overrides(self) -> list[str]:
         """What makes it of the digits' teacher."""
-        return [f"noise={self.noise}", f"prediction={self.prediction}", *self.others]
+        return [f"noise={self.noise}", f"prediction={self.prediction}", "trainer.max_steps=4000", *self.others]
 
     def routes(self, name: str) -> dict[str, list[str]]:
         """Overrides of experiment=digits_consistency, by route.
