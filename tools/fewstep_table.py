@@ -50,7 +50,7 @@ Row = tuple[str, list[dict[str, float]]]  # a model in a number of steps; its fi
 
 
 class Kind(NamedTuple):
-    """A teacher of another schedule or prediction: experiment=digits_teacher of half the steps, and how to learn of it."""
+    """A teacher of another schedule or prediction, trained half as long as the digits', and how to learn of it."""
 
     noise: str
     prediction: str
