@@ -221,6 +221,7 @@ def test_a_student_of_another_kind_is_refused(folder, digits_dir, tmp_path):
         (["data=digits"], r"the objective learns from pairs.*dit encode run=<a teacher>.*data=pairs"),
         (["objective=denoising"], r"take objective=reflow"),
         (["data.flip=true"], r"data\.flip=false"),
+        (["objective.scale=2"], r"guidance of scale 1, .* take objective\.scale=1"),
     ]:
         with pytest.raises(ValueError, match=message):
             Run(student(folder, digits_dir, out, *overrides))

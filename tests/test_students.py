@@ -17,7 +17,7 @@ from dit.noise.draw import Draw
 from dit.noise.edm import EDM
 from dit.noise.flow import Flow
 from dit.noise.grid import evenly, karras
-from dit.noise.matched import Matched
+from dit.noise.matched import Matched, on_path
 from dit.noise.prediction import Estimate
 from dit.noise.step import secant, step
 from dit.noise.times import uniform
@@ -191,6 +191,23 @@ def test_the_matching_time_has_a_derivative(of):
     rate = torch.func.jvp(schedule.there, (t,), (torch.ones_like(t),))[1]
     difference = (schedule.there(t + 1e-5) - schedule.there(t - 1e-5)) / 2e-5
     torch.testing.assert_close(rate, difference, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("of", ["linear", "edm"])
+def test_a_matched_denoiser_has_its_derivative_near_both_ends(of):
+    """Differences look beyond them."""
+    denoiser = on_path(
+        tiny_denoiser(SCHEDULES[of][0], prediction.v if of == "linear" else prediction.edm).double(), Flow()
+    )
+    t = torch.tensor([5e-5, 0.5], dtype=torch.float64)
+    x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    at, along = (x, t), (torch.ones_like(x), torch.ones_like(t))
+    label = torch.arange(2)
+    exact, near = (d(lambda x, t: denoiser(x, t, label=label).x0, at, along) for d in (jvp, partial(central, h=1e-4)))
+    assert near.isfinite().all()
+    torch.testing.assert_close(near[1], exact[1], rtol=1e-2, atol=1e-3)  # between steps of VP the slope jumps
+    ends = torch.tensor([0.0, denoiser.schedule.t_max], dtype=torch.float64)
+    assert denoiser(x, ends, label=label).x0.isfinite().all()
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -388,6 +405,7 @@ def test_a_teacher_on_another_path_ends_where_it_does_on_its_own():
         (lambda: Consistency(INTERVALS["fixed"], alike, 10, huber=-1.0), "objective.huber=-1.0"),
         (lambda: Teacher(gaussian(Flow(), "flow"), solver="rk4"), "objective.teacher.solver=rk4"),
         (lambda: Progressive(Exact(Flow()), evenly, weight.truncated_snr, 3, 10), "must be a multiple"),
+        (lambda: Progressive(None, evenly, weight.truncated_snr, 5, 10), "take objective/teacher=run"),
         (lambda: doubling(Flow(), torch.zeros(1), 0.0, grid=evenly, first=0), "objective.interval.first=0"),
         (lambda: shrinking(Flow(), torch.zeros(1), 0.0, times=uniform, q=1.0), "q=1.0"),
         (

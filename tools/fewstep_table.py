@@ -50,7 +50,7 @@ Row = tuple[str, list[dict[str, float]]]  # a model in a number of steps; its fi
 
 
 class Kind(NamedTuple):
-    """A teacher of another schedule or prediction: overrides of experiment=digits_teacher, and how to learn of it."""
+    """A teacher of another schedule or prediction, trained half as long as the digits', and how to learn of it."""
 
     noise: str
     prediction: str
@@ -59,18 +59,18 @@ class Kind(NamedTuple):
     @property
     def overrides(self) -> list[str]:
         """What makes it of the digits' teacher."""
-        return [f"noise={self.noise}", f"prediction={self.prediction}", *self.others]
+        return [f"noise={self.noise}", f"prediction={self.prediction}", "trainer.max_steps=4000", *self.others]
 
     def routes(self, name: str) -> dict[str, list[str]]:
         """Overrides of experiment=digits_consistency, by route.
 
-        `own` stays on the teacher's schedule; `matched` is exactly the teacher at first, but on the path of flow;
-        `flow` is a flow model that begins with the teacher's weights, whatever they said.
+        `own` stays on the teacher's schedule, as LCM does; `matched` is exactly the teacher at first, but on the path
+        of flow; `flow` is a flow model that begins with the teacher's weights, whatever they said.
         """
         of = [f"objective.teacher.run={name}", f"init.path=${{runs_dir}}/{name}"]
         path = [f"noise@noise.of={self.noise}", f"prediction@prediction.prediction={self.prediction}"]
         return {
-            "own": [*of, f"noise={self.noise}", f"prediction={self.prediction}"],
+            "own": [*of, f"noise={self.noise}", f"prediction={self.prediction}", "weight=x0"],
             "matched": [*of, "noise=matched", "noise@noise.path=flow", "prediction=matched", *path],
             "flow": of,
         }
@@ -164,7 +164,7 @@ def teachers(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def guidance(options: argparse.Namespace) -> Iterator[Row]:
-    """A guided teacher, and a consistency student of it, which needs one evaluation where it needs 128."""
+    """A guided teacher, and a consistency student of it, which needs one evaluation where it needs 126."""
     folder = run_of(TEACHER, options)
     referee = Referee(judge_of(folder), drawer(folder, options.num_images)("heun", 32, scale=SCALE))
     yield "unguided teacher, heun 32", [referee(drawer(folder, options.num_images)("heun", 32))]

@@ -144,6 +144,7 @@ def _pairs(cfg: DictConfig, device: str) -> "Pairs":
             "weights": cfg.weights,
             "sha256": sha256(run.denoiser.network),
             "told": condition.sizes,
+            "scale": run.scale,
             **{name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("sampler", "grid", "guidance")},
         },
     }

@@ -26,6 +26,7 @@ class Loaded(NamedTuple):
     latent: "Latent"
     device: "torch.device"
     step: int  # of its weights
+    scale: float  # of the guidance that is in what it draws
 
 
 def offer(overrides: Sequence[str] | None) -> None:
@@ -135,4 +136,8 @@ def load(cfg: DictConfig) -> Loaded:
     device = torch.device("cuda" if cfg.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     if cfg.accelerator == "gpu" and device.type == "cpu":
         raise ValueError("accelerator=gpu, but torch sees none: choose accelerator=cpu")
-    return Loaded(parts, trained.load(parts, path, cfg.weights).to(device), parts.latent().to(device), device, step)
+    scale = (asked.guidance or {}).get("scale", 1.0)
+    if few_step and isinstance(few_step.guidance, float | int) and few_step.guidance != 1:
+        scale = few_step.guidance
+    denoiser = trained.load(parts, path, cfg.weights).to(device)
+    return Loaded(parts, denoiser, parts.latent().to(device), device, step, scale)

@@ -51,7 +51,8 @@ class Matched(Schedule):
 
     def there(self, t: Tensor) -> Tensor:
         """The time u of the other schedule at which the SNR is that of the path at t."""
-        wanted = self.path.log_snr(t.double())
+        # Differences reach past both ends, where there is no SNR.
+        wanted = self.path.log_snr(t.double().clamp(1e-6 * self.t_max, self.t_max))
         u = self.of.time_of(wanted.detach()).detach()
         # A search has no derivative; that of the inverse function is 1 / (d log SNR / du).
         (alpha, sigma), (d_alpha, d_sigma) = self.of(u), self.of.rate(u)

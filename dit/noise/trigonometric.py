@@ -33,6 +33,10 @@ class Trigonometric(Schedule):
         """(-sin t, cos t)."""
         return NoiseLevel(-t.sin(), t.cos())
 
+    def time_of(self, log_snr: Tensor) -> Tensor:
+        """atan(exp(-log_snr / 2))."""
+        return (-log_snr / 2).exp().atan().clamp(max=self.t_max)
+
     def straight(self, t: Tensor) -> Tensor:
         """Alpha + sigma, whatever t_max is."""
         return t.cos() + t.sin()

@@ -39,14 +39,39 @@ class VP(Schedule):
 
     def __call__(self, t: Tensor) -> NoiseLevel:
         """The level at time t in [0, 1]."""
-        if self._angle.device != t.device:
-            self._angle = self._angle.to(t.device)
+        angle, _ = self._piece(t)
+        return NoiseLevel(angle.cos().to(t), angle.sin().to(t))
+
+    def rate(self, t: Tensor) -> NoiseLevel:
+        """(-sin, cos) of the angle times its slope; at a step the slope before it."""
+        angle, slope = self._piece(t)
+        return NoiseLevel((-slope * angle.sin()).to(t), (slope * angle.cos()).to(t))
+
+    def time_of(self, log_snr: Tensor) -> Tensor:
+        """The angle is atan(exp(-log_snr / 2)), and the time linear in it between two steps."""
+        angle = torch.atan((-log_snr.double() / 2).exp())
+        self._angle = knots = self._angle.to(log_snr.device)
+        position = torch.searchsorted(knots, angle.detach()).double()
+        for _ in range(2):  # just after a step the interval before goes on
+            upper, lower, step = self._interval(position)
+            position = upper - 1 + (angle - lower) / step
+        return (position / self.num_steps).clamp(max=self.t_max).to(log_snr)
+
+    def _piece(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The angle at t and its slope, in float64."""
+        self._angle = self._angle.to(t.device)
         position = t.double() * self.num_steps
-        # A time on a knot belongs to the interval before it, however k / N was rounded: the slope jumps there.
+        upper, lower, step = self._interval(position)
+        return lower + (position - (upper - 1)) * step, self.num_steps * step
+
+    def _interval(self, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The interval between two steps: the number of its end, the angle at its beginning, and by how much it grows.
+
+        A time on a knot belongs to the interval before it, however k / N was rounded: the slope jumps there.
+        """
         upper = (position.detach() - 1e-3).ceil().clamp(1, self.num_steps).long()
         lower = self._angle[upper - 1]
-        angle = lower + (position - (upper - 1)) * (self._angle[upper] - lower)
-        return NoiseLevel(angle.cos().to(t), angle.sin().to(t))
+        return upper, lower, self._angle[upper] - lower
 
     def time_input(self, t: Tensor) -> Tensor:
         """DDPM's step index, 0..N-1; 0 for times before the first step, too."""

@@ -16,7 +16,7 @@ from dit.noise.schedule import Schedule
 from dit.noise.step import point
 from dit.objective.denoising import Denoising
 from dit.objective.objective import Batch, FewStep, Objective
-from dit.objective.teacher import Teacher, baked, check_start
+from dit.objective.teacher import Teacher, baked, check_start, needed
 
 FEATURES = ("critic", "teacher")
 
@@ -49,12 +49,12 @@ class DistributionMatching(Objective):
         head_weight: of the discriminator's loss.
 
     Raises:
-        ValueError: if a value is out of range, or there is no critic where one is needed.
+        ValueError: if a value is out of range, or there is no teacher, or no critic where one is needed.
     """
 
     def __init__(
         self,
-        teacher: Teacher,
+        teacher: Teacher | None,
         grid: Callable[..., Tensor],
         num_steps: int,
         times: Callable[[Schedule, Tensor], Tensor],
@@ -85,7 +85,7 @@ class DistributionMatching(Objective):
                 "objective.critic is missing: what the student draws is compared with what a critic has seen of it; "
                 "take objective/critic=run, which begins as the teacher, or objective=ladd, which has none"
             )
-        self.teacher = teacher
+        self.teacher = needed(teacher, "dmd")
         self.grid = grid
         self.num_steps = num_steps
         self.times = times
@@ -176,7 +176,8 @@ class DistributionMatching(Objective):
     def _logits(self, schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor, batch: Batch) -> Tensor:
         """What the discriminator says of x0, with noise."""
         trunk = self._score(schedule) if self.features == "critic" else on_path(self.teacher.denoiser, schedule)
-        trunk.to(x0.device)
+        if next(trunk.parameters(), x0).device != x0.device:  # moving looks at each parameter, at each call
+            trunk.to(x0.device)
         with _middle_of(trunk.network) as kept:
             trunk(point(schedule, t, x0, eps), t.clamp(max=trunk.schedule.t_max), **batch.cond)
         logits: Tensor = self.critic["head"](*kept)

@@ -8,7 +8,7 @@ from dit.noise.denoiser import Denoiser, expand_like
 from dit.noise.schedule import Schedule
 from dit.noise.step import point
 from dit.objective.objective import Batch, FewStep, Objective
-from dit.objective.teacher import Teacher
+from dit.objective.teacher import Teacher, needed
 
 
 class GuidanceDistillation(Objective):
@@ -34,8 +34,7 @@ class GuidanceDistillation(Objective):
         scales: Sequence[float] | None = None,
     ):
         super().__init__()
-        if teacher is None:
-            raise ValueError("objective=guidance_distillation learns from a teacher: take objective/teacher=run")
+        teacher = needed(teacher, "guidance_distillation")
         if scales is None and teacher.scale == 1:
             raise ValueError(
                 "objective.teacher.scale=1 is no guidance, so that there is nothing to learn: give another, like "

@@ -8,7 +8,7 @@ from dit.noise.denoiser import Denoiser
 from dit.noise.schedule import Schedule
 from dit.noise.step import point, secant, step
 from dit.objective.objective import Batch, FewStep, Objective
-from dit.objective.teacher import Teacher, baked, check_start, teaching
+from dit.objective.teacher import Teacher, baked, check_start, needed, teaching
 
 
 class Progressive(Objective):
@@ -29,12 +29,12 @@ class Progressive(Objective):
         before: the profile of the moving average that has the weights of the end of the stage before (`held`).
 
     Raises:
-        ValueError: if the steps do not divide among the stages.
+        ValueError: if the steps do not divide among the stages, or there is no teacher.
     """
 
     def __init__(
         self,
-        teacher: Teacher,
+        teacher: Teacher | None,
         grid: Callable[..., Tensor],
         weight: Callable[[Schedule, Tensor], Tensor],
         num_stages: int,
@@ -47,7 +47,7 @@ class Progressive(Objective):
                 f"trainer.max_steps={max_steps} must be a multiple of objective.num_stages={num_stages}, which is at "
                 "least 1: each stage has as many steps"
             )
-        self.teacher = teacher
+        self.teacher = needed(teacher, "progressive")
         self.grid = grid
         self.weight = weight
         self.num_stages = num_stages

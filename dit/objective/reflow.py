@@ -7,7 +7,7 @@ from torch import Tensor
 from dit.noise.denoiser import Denoiser, expand_like
 from dit.noise.schedule import Schedule
 from dit.noise.step import point
-from dit.objective.objective import Batch, Objective
+from dit.objective.objective import Batch, FewStep, Objective
 from dit.objective.teacher import check_start
 
 
@@ -20,13 +20,19 @@ class Reflow(Objective):
 
     Args:
         times: the density of t, (schedule, u) -> t, both (B,).
+        scale: of the guidance that the pairs were made with, which the student has for good; 1 is none.
     """
 
     paired = True
 
-    def __init__(self, times: Callable[[Schedule, Tensor], Tensor]):
+    def __init__(self, times: Callable[[Schedule, Tensor], Tensor], scale: float = 1.0):
         super().__init__()
         self.times = times
+        self.scale = scale
+
+    def few_step(self, step: int | None = None) -> FewStep:
+        """As any denoiser, but for guidance."""
+        return FewStep("reflow", None, None, self.scale)
 
     def check(self, denoiser: Denoiser) -> None:
         """Refuse a student whose x0 cannot be had at t_max."""

@@ -23,7 +23,7 @@ class Shortcut(Objective):
     Args:
         times: the density of t where s = t, (schedule, u) -> t, both (B,).
         teacher: whose velocity u* is; None: eps - x0 of the sample, the mean of which it is.
-        share: of the samples that learn from two steps; of each lane its first, at least one.
+        share: of the samples that learn from two steps; of each lane its first, at least one and not all.
         most: the shortest step is 2^-most t_max; one half as long is taken for the velocity.
         target: the profile of the moving average that takes the two steps; None: the network's own weights.
         clip: u* of two steps is kept within [-clip, clip]; None: no limit.
@@ -71,7 +71,12 @@ class Shortcut(Objective):
     def phases(self, denoiser: Denoiser, batch: Batch, step: int) -> Iterator[tuple[str, Tensor]]:
         """One phase, for the denoiser."""
         x0, schedule, draw = batch.x0, denoiser.schedule, batch.draw
-        num_long = max(1, round(self.share * draw.rows))
+        if draw.rows < 2:
+            raise ValueError(
+                "of the samples of a lane some learn from two steps and some the velocity, but a lane has one alone: "
+                "take fewer trainer.lanes, or a larger trainer.batch_size"
+            )
+        num_long = min(max(1, round(self.share * draw.rows)), draw.rows - 1)
         long = torch.arange(len(x0), device=x0.device) % draw.rows < num_long  # (B,), as many in each lane
         steps = 2 ** (draw.uniform("steps") * (self.most + 1)).long()  # (B,)
         at = 1 - (draw.uniform("at") * steps).floor() / steps

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -13,6 +14,7 @@ from dit.noise.prediction import Estimate, determinant
 from dit.noise.schedule import Schedule
 from dit.noise.step import mean, step
 from dit.objective.objective import Batch
+from dit.weights.identity import sha256
 
 SOLVERS = ("euler", "heun")
 MOST = 1000.0  # times as large as an error of F one of x0 may be
@@ -53,6 +55,11 @@ class Teacher:
         self.num_substeps = num_substeps
         self.scale = scale
         self._on: tuple[Schedule, Denoise] | None = None  # the last one asked for
+
+    @cached_property
+    def sha256(self) -> str:
+        """What tells its weights from others."""
+        return sha256(self.denoiser.network)
 
     def step(self, schedule: Schedule, x_t: Tensor, t: Tensor, s: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """x_s, on the teacher's trajectory through x_t.
@@ -119,6 +126,17 @@ def explained(
 ) -> Estimate:
     """What is said of x_t: by a teacher, or where there is none by the sample itself."""
     return sample if teacher is None else teacher.on(schedule)(x_t, t, **cond)
+
+
+def needed(teacher: Teacher | None, method: str) -> Teacher:
+    """The teacher of a method that has nothing to learn without one.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if teacher is None:
+        raise ValueError(f"objective={method} learns from a teacher: take objective/teacher=run")
+    return teacher
 
 
 def baked(teacher: Teacher | None) -> float:

@@ -347,6 +347,8 @@ class Checkpoints(Callback):
                 state = {"step": step, "recorder": self.recorder.state(), "guard": guard.state()}
                 if few_step := pl_module.objective.few_step(step):
                     state["few_step"] = few_step._asdict()
+                if teacher := getattr(pl_module.objective, "teacher", None):
+                    state["teacher"] = teacher.sha256
                 self.saver.save(step, pl_module.strategy.saved(pl_module), state, wait=last)
             if last and self.snapshooter:
                 self.snapshooter.wait()

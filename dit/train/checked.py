@@ -27,7 +27,7 @@ class Checked(NamedTuple):
 
 
 def checked(cfg: DictConfig, layout: Layout) -> Checked:
-    """The parts of a run, none of which has read or written anything.
+    """The parts of a run, none of which has written anything; a teacher's weights have been read.
 
     Args:
         cfg: settled.
@@ -42,6 +42,8 @@ def checked(cfg: DictConfig, layout: Layout) -> Checked:
     data, parts, objective, strategy = build(cfg.data), parts_of(cfg), build(cfg.objective), strategy_of(options)
     denoiser = parts.learner("meta")
     objective.check(denoiser)
+    if teacher := getattr(objective, "teacher", None):
+        teacher.on(denoiser.schedule)  # which makes its guidance
     if few_step := objective.few_step():
         check_drawn(few_step, cfg)
     _check_pairs(objective, cfg.data.get("fields", []))

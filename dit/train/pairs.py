@@ -155,12 +155,13 @@ def check_deterministic(pipeline: Pipeline) -> None:
         )
 
 
-def check_pairs(about: Mapping[str, Any], told: Mapping[str, int], path: str) -> None:
-    """See whether pairs are of a run that was told what a student is.
+def check_pairs(about: Mapping[str, Any], told: Mapping[str, int], scale: float, path: str) -> None:
+    """See whether pairs are of a run that was told what a student is, and guided as it says.
 
     Args:
         about: what their manifest says.
         told: the sizes of the student's condition.
+        scale: of the guidance that the student will have for good.
         path: the folder, for the message.
 
     Raises:
@@ -170,4 +171,9 @@ def check_pairs(about: Mapping[str, Any], told: Mapping[str, int], path: str) ->
         raise ValueError(
             f"data.path={path} has pairs of run={pairs['run']}, which is told {pairs['told']}, but this run is told "
             f"{dict(told)}: take the condition of the teacher, or pairs of another one"
+        )
+    if pairs["scale"] != scale:
+        raise ValueError(
+            f"data.path={path} has pairs with guidance of scale {pairs['scale']:g}, which a student of them has for "
+            f"good, but objective.scale={scale:g}: take objective.scale={pairs['scale']:g}"
         )

@@ -76,11 +76,29 @@ def teacher(
     Raises:
         ValueError: if the weights cannot be read, or are of other classes or sizes.
     """
-    told, (of, predicted) = build(condition), known(noise, prediction)
-    network: nn.Module = build(model)(**told.sizes)
+    # Whether nothing was learned of it is theirs to say: a student, which is told what its teacher is, drops nothing.
+    told = build({**condition, "dropout": 0.1} if "dropout" in condition else condition)
+    guided = partial(ClassifierFree, null=told.null, scale=scale, **guidance)
+    return Teacher(critic(init, noise, prediction, model, condition, "teacher"), guided, solver, num_substeps, scale)
+
+
+def critic(
+    init: DictConfig,
+    noise: DictConfig,
+    prediction: DictConfig,
+    model: DictConfig,
+    condition: DictConfig,
+    role: str = "critic",
+) -> Denoiser:
+    """The denoiser that such weights are, which goes on learning; as for `teacher`.
+
+    Raises:
+        ValueError: if the weights cannot be read, or are of other classes or sizes.
+    """
+    of, predicted = known(noise, prediction)
+    network: nn.Module = build(model)(**build(condition).sizes)
     try:
         network.load_state_dict(beginning(init, noise, prediction, network))
     except ValueError as error:
-        raise ValueError(f"objective.teacher.{error}") from error
-    guided = partial(ClassifierFree, null=told.null, scale=scale, **guidance)
-    return Teacher(Denoiser(network, build(of), build(predicted)), guided, solver, num_substeps, scale)
+        raise ValueError(f"objective.{role}.{error}") from error
+    return Denoiser(network, build(of), build(predicted))

@@ -100,7 +100,7 @@ class Run:
                 self.data.about, self.encoder, self.latent.shape, self.cfg.data.image_size, self.cfg.data.path
             )
             if "pairs" in self.data.about:
-                check_pairs(self.data.about, self.parts.condition.sizes, self.cfg.data.path)
+                check_pairs(self.data.about, self.parts.condition.sizes, self.cfg.objective.scale, self.cfg.data.path)
             if (text := self.data.about.get("text", {}).get("name")) != self.cfg.condition.get("name", text):
                 print(f"dit: WARNING: captions were read by {text}, but prompts will be by {self.cfg.condition.name}")
         if self.cfg.metric:
@@ -177,6 +177,12 @@ class Run:
             raise ValueError(
                 f"the run {self.cfg.run} was begun with another configuration ({'; '.join(changed[:6])}): "
                 "name this one run=<another name>, or give the same values to go on"
+            )
+        teacher = getattr(self.objective, "teacher", None)
+        if teacher and checkpoint.load_state(resume_from).get("teacher", teacher.sha256) != teacher.sha256:
+            raise ValueError(
+                f"run={self.cfg.run} was begun with a teacher of other weights: name this one run=<another name>, or "
+                "give the teacher's checkpoint of then, objective.teacher.step=<its step>"
             )
         if self.data.there and checkpoint.data_of(resume_from) != self._fingerprint():
             other = f", or latent.name={self.latent.name} has other weights" if self.latent.name else ""
