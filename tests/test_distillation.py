@@ -297,10 +297,10 @@ def test_a_teacher_of_another_latent_space_is_refused(recipe, student):
         trained.teacher("teacher", cfg.runs_dir, needs={"latent.scale": 0.18215})
 
 
-def test_a_teacher_may_move_but_not_become_another(student, tmp_path):
+def test_a_teacher_may_move_but_not_become_another(recipe, student, tmp_path):
     cfg = student("consistency", "pupil", steps=2)
-    assert train_together([cfg], 1) == 0
-    for name, of in (("moved", "teacher"), ("other", "pupil")):
+    assert train_together([cfg, recipe("other", "experiment=digits_teacher", steps=2)], 1) == 0
+    for name, of in (("moved", "teacher"), ("other", "other")):
         shutil.copytree(Path(cfg.runs_dir) / of, tmp_path / name / "teacher")
     Run(student("consistency", "pupil", f"objective.teacher.runs_dir={tmp_path}/moved", steps=2))._leave()
     with pytest.raises(ValueError, match=r"a teacher of other weights: .* objective\.teacher\.step=<its step>"):
