@@ -373,7 +373,7 @@ def test_what_does_not_fit_is_refused_with_both_sides_named(dit_state):
 
 @pytest.mark.parametrize("name", ["none", "published", "adm_legacy", "diffusers_dit", "sit", "jit"])
 def test_configurations_of_init(tmp_path, dit_state, name):
-    from dit.command.compose import config_dir
+    from dit.train.saved import config_dir
 
     cfg = OmegaConf.load(config_dir() / "init" / f"{name}.yaml")
     if name == "none":

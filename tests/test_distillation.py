@@ -216,11 +216,11 @@ def test_a_student_with_an_adapter(student, monkeypatch):
     assert weights.keys() == plain.keys()
     changed = {name for name in plain if not torch.equal(weights[name], plain[name])}
     assert changed == {short for name, short in names.items() if name.endswith(".base_layer.weight")}
-    following = student("consistency", "grandchild", "objective.teacher.run=adapted", f"init.path={folder}", steps=3)
-    begun = Run(following)
+    begun = Run(student("consistency", "grandchild", f"init.path={folder}", steps=3))
     assert all(torch.equal(value, weights[name]) for name, value in begun.init.items())
-    assert all(torch.equal(v, weights[n]) for n, v in begun.objective.teacher.denoiser.network.state_dict().items())
     begun._leave()
+    loaded = trained.load(Parts(cfg), path).network.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in loaded.items())
     assert main(compose("export", ["run=adapted", f"runs_dir={cfg.runs_dir}", f"path={folder}/out"])) == 0
     Parts(cfg).denoiser().network.load_state_dict(load_file(folder / "out" / "model.safetensors"))
 
@@ -231,7 +231,10 @@ def test_a_student_with_an_adapter(student, monkeypatch):
 @pytest.mark.parametrize(
     ("method", "overrides", "message"),
     [
-        ("consistency", ["objective.teacher.run=nobody"], "run=nobody: no such run"),
+        ("consistency", ["objective.teacher.run=nobody"], "objective.teacher.run=nobody: no such run"),
+        ("consistency", ["objective.teacher.run=null"], "objective.teacher.run=None: give the name"),
+        ("consistency", ["objective.teacher.weights=fast"], "objective.teacher.weights=fast: teacher has ema, model"),
+        ("consistency", ["objective.teacher.step=7"], "objective.teacher.run=teacher: .* has no checkpoint of step 7"),
         ("consistency", ["data.num_classes=11"], "data.num_classes=10"),
         ("consistency", ["objective.target=nothing"], "ema.profiles.nothing"),
         ("consistency", ["objective.teacher.solver=rk4"], "objective.teacher.solver=rk4"),
@@ -294,10 +297,10 @@ def test_a_teacher_of_another_latent_space_is_refused(recipe, student):
         trained.teacher("teacher", cfg.runs_dir, needs={"latent.scale": 0.18215})
 
 
-def test_a_teacher_may_move_but_not_become_another(student, tmp_path):
+def test_a_teacher_may_move_but_not_become_another(recipe, student, tmp_path):
     cfg = student("consistency", "pupil", steps=2)
-    assert train_together([cfg], 1) == 0
-    for name, of in (("moved", "teacher"), ("other", "pupil")):
+    assert train_together([cfg, recipe("other", "experiment=digits_teacher", steps=2)], 1) == 0
+    for name, of in (("moved", "teacher"), ("other", "other")):
         shutil.copytree(Path(cfg.runs_dir) / of, tmp_path / name / "teacher")
     Run(student("consistency", "pupil", f"objective.teacher.runs_dir={tmp_path}/moved", steps=2))._leave()
     with pytest.raises(ValueError, match=r"a teacher of other weights: .* objective\.teacher\.step=<its step>"):
@@ -312,6 +315,7 @@ def kept(student):
         student("progressive", "halved", *every),
         student("consistency", "any", "objective.teacher.scale=2"),
         student("guidance_distillation", "told"),
+        student("meanflow", "guided", "objective.teacher.scale=2", steps=2),
     ]
     assert train_together(cfgs, 1) == 0
     return Path(cfgs[0].runs_dir)
@@ -388,6 +392,32 @@ def test_students_are_not_drawn_as_they_have_not_learned_to_be(kept, tmp_path, r
             loaded(tmp_path, "weights", *overrides)
 
 
+@pytest.mark.parametrize("what", ["lost", "null", "nested", {"steps": "abc"}, {"steps": []}, {"guidance": None}])
+def test_what_an_export_says_of_a_student_is_not_believed_blindly(kept, tmp_path, what):
+    assert export.main(compose("export", ["run=any", f"runs_dir={kept}", f"path={tmp_path}/weights"])) == 0
+    file = tmp_path / "weights" / "few_step.json"
+    said = json.loads(file.read_text())
+    if what == "lost":
+        file.unlink()
+    else:
+        other = json.dumps(said | what) if isinstance(what, dict) else {"null": "null", "nested": "[" * 100_000}[what]
+        file.write_text(other)
+    with pytest.raises(ConfigError, match=r"few_step\.json is missing or damaged, export it again"):
+        loaded(tmp_path, "weights", "sampler.num_steps=1")
+
+
+def test_an_export_calls_only_what_conf_names(kept, tmp_path):
+    assert export.main(compose("export", ["run=any", f"runs_dir={kept}", f"path={tmp_path}/weights"])) == 0
+    file = tmp_path / "weights" / "config.json"
+    about = json.loads(file.read_text())
+    for strange in ("os.system", "dit.train.launch.os.system"):
+        about["config"]["sampler"] = {"_target_": strange, "command": f"touch {tmp_path}/touched"}
+        file.write_text(json.dumps(about))
+        with pytest.raises(ConfigError, match=rf"_target_: {strange} is nothing that conf/ names"):
+            loaded(tmp_path, "weights")
+    assert not (tmp_path / "touched").exists()
+
+
 def test_a_student_is_previewed_in_the_steps_of_its_stage(student, monkeypatch):
     asked = []
     monkeypatch.setattr(Parts, "subject", lambda self, *_, num_steps, **__: asked.append(num_steps) or Nothing())
@@ -430,13 +460,18 @@ def test_teachers_of_an_export_and_of_published_weights_say_what_the_run_does(st
 def test_a_student_of_one_that_was_guided_is_not_guided_again(student, kept):
     """And has the guidance of its teacher's teacher; what is told is told once and for all."""
     assert kept
-    cfg = student("meanflow", "again", "objective.teacher.run=any", "objective.teacher.scale=3")
-    with pytest.raises(ValueError, match=r"objective\.teacher\.scale=3 would guide twice: any has guidance of scale 2"):
-        sound(cfg, assumed_layout(cfg.trainer)[0])
-    for teacher, scale in (("any", 1.0), ("told", 3.0)):
+    for teacher, scale, message in [
+        ("guided", 3, r"objective\.teacher\.scale=3 would guide twice: guided has guidance of scale 2"),
+        ("any", 1, r"objective\.teacher\.run=any is a student of consistency, which knows where its steps end"),
+        ("halved", 1, r"objective\.teacher\.run=halved is a student of progressive"),
+    ]:
+        cfg = student("meanflow", "again", f"objective.teacher.run={teacher}", f"objective.teacher.scale={scale}")
+        with pytest.raises(ValueError, match=message):
+            sound(cfg, assumed_layout(cfg.trainer)[0])
+    for teacher, scale in (("guided", 1.0), ("told", 3.0)):
         cfg = student("meanflow", "again", f"objective.teacher.run={teacher}", f"objective.teacher.scale={scale}")
         objective = checked(settled(cfg), assumed_layout(cfg.trainer)[0]).objective
-        assert objective.few_step().guidance == {"any": 2.0, "told": 3.0}[teacher]
+        assert objective.few_step().guidance == {"guided": 2.0, "told": 3.0}[teacher]
 
 
 def test_a_student_of_a_teacher_with_a_learned_variance_leaves_it_out(recipe, student):

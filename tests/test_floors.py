@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 import dit
-from dit.command.compose import compose, config_dir
+from dit.command.compose import compose
+from dit.train.saved import config_dir
 
 FLOOR = {
     **dict.fromkeys(("condition", "data", "latent", "metric", "model", "noise"), 0),

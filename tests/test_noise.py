@@ -5,6 +5,7 @@ import torch
 from exact import SCHEDULES, Mixture
 
 from dit.noise import bound, grid, prediction, times, weight
+from dit.noise.ddpm import VP
 from dit.noise.denoiser import Denoiser
 from dit.noise.draw import SPREADS, Draw
 from dit.noise.edm import EDM
@@ -12,7 +13,7 @@ from dit.noise.flow import Flow
 from dit.noise.prediction import Estimate
 from dit.noise.schedule import NoiseLevel, Schedule
 from dit.noise.trigonometric import Trigonometric
-from dit.noise.vp import VP, cosine, linear, scaled_linear, sigmoid
+from dit.noise.vp import cosine, linear, scaled_linear, sigmoid
 
 SCHEDULES = {name: schedule for name, (schedule, _) in SCHEDULES.items()}
 PREDICTIONS = {name: getattr(prediction, name) for name in ("eps", "x0", "v", "flow", "edm")}

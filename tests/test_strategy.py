@@ -5,13 +5,14 @@ import pytest
 import torch
 from tiny_encoders import clip
 
-from dit.command.compose import compose, config_dir
+from dit.command.compose import compose
 from dit.model.dit import DiT
 from dit.noise.draw import Draw
 from dit.objective.objective import Batch
 from dit.train.build import Parts, build
 from dit.train.execution import arrange
 from dit.train.run import Run
+from dit.train.saved import config_dir
 
 torch._inductor.config.cpp_cache_precompile_headers = True  # compiling takes minutes here
 

@@ -222,7 +222,10 @@ def drawer(folder: Path, num_images: int) -> Draw:
         denoiser = trained.load(Parts(cfg), path)
         target = {"euler": "dit.sampler.ancestral.sample", "heun": "dit.sampler.heun.sample"}
         chosen: dict[str, Any] = {"_target_": target[sampler], "_partial_": True} if sampler else dict(cfg.sampler)
-        told = {"sampler": {**chosen, "num_steps": num_steps}, "guidance": {**cfg.guidance, "scale": scale}}
+        told: dict[str, Any] = {
+            "sampler": {**chosen, "num_steps": num_steps},
+            "guidance": {**cfg.guidance, "scale": scale},
+        }
         parts = Parts(OmegaConf.create({**cfg, **told}))
         labels = {"label": [i % parts.condition.sizes["num_classes"] for i in range(num_images)]}
         latent = parts.latent()

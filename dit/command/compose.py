@@ -26,6 +26,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
+from dit.train.saved import config_dir
+
 OmegaConf.register_new_resolver("divide", lambda a, b: a // b, replace=True)
 
 
@@ -144,13 +146,6 @@ def _have_met() -> bool:
     """Whether this is one of several processes that are connected; asked without importing torch."""
     distributed = sys.modules.get("torch.distributed")
     return distributed is not None and distributed.is_initialized()
-
-
-def config_dir() -> Path:
-    """The folder conf/, of the checkout or of the installed package."""
-    package = Path(__file__).parents[1]
-    beside = package.parent / "conf"
-    return beside if (beside / "train.yaml").exists() else package / "conf"
 
 
 @contextmanager

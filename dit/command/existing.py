@@ -76,7 +76,7 @@ def weights_of(cfg: DictConfig) -> list[str]:
         had, about = saved.config(folder), saved.exported(folder)
     if about:
         return [about["weights"]]
-    return [*OmegaConf.select(had, "ema.profiles", default=["ema"]), "model"]
+    return saved.averages(had)
 
 
 def check_picture(out: str) -> None:

@@ -13,14 +13,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from dit.command import train
-from dit.command.compose import (
-    ConfigError,
-    check_choices,
-    check_least,
-    check_run_name,
-    config_dir,
-    user_errors,
-)
+from dit.command.compose import ConfigError, check_choices, check_least, check_run_name, user_errors
+from dit.train.saved import config_dir
 
 tell_apart = train.tell_apart
 LEAST: dict[str, float] = {

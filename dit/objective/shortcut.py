@@ -44,8 +44,8 @@ class Shortcut(Objective):
         super().__init__()
         if not 0 < share < 1:
             raise ValueError(f"objective.share={share} must lie between 0 and 1")
-        if most < 0:
-            raise ValueError(f"objective.most={most} must not be negative")
+        if not 0 <= most <= 16:
+            raise ValueError(f"objective.most={most} must be from 0 to 16: the shortest step is 2^-most of the whole")
         if clip is not None and not clip > 0:
             raise ValueError(f"objective.clip={clip} must be positive, or null")
         self.times = times

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -14,7 +13,6 @@ from dit.noise.prediction import Estimate, determinant
 from dit.noise.schedule import Schedule
 from dit.noise.step import mean, step
 from dit.objective.objective import Batch
-from dit.weights.identity import sha256
 
 SOLVERS = ("euler", "heun")
 MOST = 1000.0  # times as large as an error of F one of x0 may be
@@ -55,11 +53,6 @@ class Teacher:
         self.num_substeps = num_substeps
         self.scale = scale
         self._on: tuple[Schedule, Denoise] | None = None  # the last one asked for
-
-    @cached_property
-    def sha256(self) -> str:
-        """What tells its weights from others."""
-        return sha256(self.denoiser.network)
 
     def step(self, schedule: Schedule, x_t: Tensor, t: Tensor, s: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """x_s, on the teacher's trajectory through x_t.

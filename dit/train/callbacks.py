@@ -21,6 +21,7 @@ from dit.train.goodput import duration
 from dit.train.guard import ADVICE, Bad, NumericError
 from dit.train.module import DiffusionModule
 from dit.train.preemption import Preemption
+from dit.train.same import taught_by
 from dit.train.world import World
 
 
@@ -303,6 +304,7 @@ class Checkpoints(Callback):
         self.saver: Saver | None = None
         self.snapshooter: Saver | None = None
         self._checked = False
+        self._teacher: str | None = None  # what tells its weights from others
 
     def on_train_start(self, trainer: Trainer, pl_module: DiffusionModule) -> None:  # type: ignore[override]
         """Load the state."""
@@ -328,6 +330,7 @@ class Checkpoints(Callback):
         if not self._checked:  # what cannot be saved is said after the first step
             self.saver.expect(pl_module.strategy.saved(pl_module))
             self._checked = True
+            self._teacher = taught_by(pl_module.objective)
         step, guard, clock = pl_module.step, pl_module.guard, self.recorder.clock
         with clock.of("agree", step):  # the one message of a step that asks no device
             stop = self.preemption.agree(self.recorder.world.most, self.saver.save_seconds)
@@ -347,8 +350,8 @@ class Checkpoints(Callback):
                 state = {"step": step, "recorder": self.recorder.state(), "guard": guard.state()}
                 if few_step := pl_module.objective.few_step(step):
                     state["few_step"] = few_step._asdict()
-                if teacher := getattr(pl_module.objective, "teacher", None):
-                    state["teacher"] = teacher.sha256
+                if self._teacher:
+                    state["teacher"] = self._teacher
                 self.saver.save(step, pl_module.strategy.saved(pl_module), state, wait=last)
             if last and self.snapshooter:
                 self.snapshooter.wait()

@@ -29,7 +29,7 @@ from dit.train.environment import gathered
 from dit.train.files import replace, rewound
 from dit.train.pairs import check_pairs
 from dit.train.published import beginning
-from dit.train.same import differences
+from dit.train.same import differences, taught_by
 from dit.train.saved import PROGRESS, summary_of
 from dit.train.strategy import Strategy, trained
 from dit.train.watchdog import Watchdog
@@ -178,8 +178,7 @@ class Run:
                 f"the run {self.cfg.run} was begun with another configuration ({'; '.join(changed[:6])}): "
                 "name this one run=<another name>, or give the same values to go on"
             )
-        teacher = getattr(self.objective, "teacher", None)
-        if teacher and checkpoint.load_state(resume_from).get("teacher", teacher.sha256) != teacher.sha256:
+        if (had := checkpoint.load_state(resume_from).get("teacher")) and had != taught_by(self.objective):
             raise ValueError(
                 f"run={self.cfg.run} was begun with a teacher of other weights: name this one run=<another name>, or "
                 "give the teacher's checkpoint of then, objective.teacher.step=<its step>"

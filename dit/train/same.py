@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from dit.weights.identity import sha256
+
 # What may differ when a run goes on: where things are, and everything below these nodes but what decides its numbers.
 FREE = {
     "run",
@@ -39,6 +41,12 @@ def differences(before: Any, now: Any) -> list[str]:
         for key in sorted(compared)
         if before.get(key) != now.get(key) and (key in FIXED or not {key, key.split(".")[0]} & FREE)
     ]
+
+
+def taught_by(objective: Any) -> str | None:
+    """What tells the weights of an objective's teacher from others; None: it has no teacher."""
+    teacher = getattr(objective, "teacher", None)
+    return sha256(teacher.denoiser.network) if teacher else None
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:

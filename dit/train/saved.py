@@ -1,6 +1,8 @@
 """The configuration of a run or of an export; read without torch, so that a wrong name is answered at once."""
 
 import json
+import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +34,45 @@ def config(folder: Path) -> DictConfig:
         raise ValueError(f"run={folder.name}: no such run; {choice(folder.parent)}")
     try:
         cfg: Any = OmegaConf.create(about["config"]) if about else OmegaConf.load(path)
+        if about:
+            _check_targets(OmegaConf.to_container(cfg))
         for group in NEEDED:
             cfg[group]
         return cfg
     except Exception as error:  # YAML and OmegaConf raise many kinds
         raise ValueError(f"{path} is damaged, restore it: {' '.join(str(error).split())[:200]}") from error
+
+
+def config_dir() -> Path:
+    """The folder conf/, of the checkout or of the installed package."""
+    package = Path(__file__).parents[1]
+    beside = package.parent / "conf"
+    return beside if (beside / "train.yaml").exists() else package / "conf"
+
+
+def averages(cfg: DictConfig) -> list[str]:
+    """The weights that a run keeps: its averages, and the raw ones."""
+    return [*OmegaConf.select(cfg, "ema.profiles", default=["ema"]), "model"]
+
+
+def _check_targets(node: Any) -> None:
+    """See that what an export would have called is what conf/ names: it may be from a stranger.
+
+    Raises:
+        ValueError: if it is something else.
+    """
+    known = {"_target_: " + str(node.get("_target_"))} if isinstance(node, dict) and "_target_" in node else set()
+    if strange := known - _named():
+        raise ValueError(f"{strange.pop()} is nothing that conf/ names, and an export may call nothing else")
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        _check_targets(child)
+
+
+@cache
+def _named() -> frozenset[str]:
+    """Each `_target_: ...` in conf/."""
+    files = config_dir().rglob("*.yaml")
+    return frozenset(match for file in files for match in re.findall(r"_target_: [\w.]+", file.read_text()))
 
 
 def exported(folder: Path) -> dict[str, Any]:
@@ -51,7 +87,7 @@ def exported(folder: Path) -> dict[str, Any]:
     try:
         about: dict[str, Any] = json.loads(path.read_bytes())
         return {"weights": "ema", **about, "config": about["config"], "step": int(about["step"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged, export it again: {error}") from error
 
 

@@ -91,12 +91,14 @@ def state_of(path: Path) -> State:
     """
     if about := saved.exported(path):
         file = path / FEW_STEP
+        if not file.exists() and not about.get("student"):
+            return State(about["step"], None)
         try:
-            return State(about["step"], _few_step(json.loads(file.read_bytes()) if file.exists() else None))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is damaged, export it again: {error}") from error
+            return State(about["step"], _few_step(json.loads(file.read_bytes())))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{file} is missing or damaged, export it again: {error}") from error
     state = checkpoint.load_state(path)
-    return State(state["step"], _few_step(state.get("few_step")))
+    return State(state["step"], _few_step(state["few_step"]) if state.get("few_step") else None)
 
 
 def student_of(folder: Path, num_steps: int) -> int | None:
@@ -116,8 +118,23 @@ def few_step_at(folder: Path, step: int) -> FewStep | None:
     return state_of(next((path for path in paths if checkpoint.step_of(path) >= step), paths[-1])).few_step
 
 
-def _few_step(record: Mapping[str, Any] | None) -> FewStep | None:
-    return None if record is None else FewStep(**{name: record[name] for name in FewStep._fields})
+def _few_step(record: Mapping[str, Any]) -> FewStep:
+    """What was noted of a student.
+
+    Raises:
+        ValueError: if it is no such note.
+    """
+    found = FewStep(**{name: record[name] for name in FewStep._fields})
+    scales = found.guidance if isinstance(found.guidance, list) else [found.guidance]
+    if not (
+        isinstance(found.method, str)
+        and isinstance(found.sampler, str | None)
+        and (found.steps is None or (found.steps and all(isinstance(n, int) and n > 0 for n in found.steps)))
+        and len(scales) in (1, 2)
+        and all(isinstance(scale, int | float) for scale in scales)
+    ):
+        raise ValueError(f"{found} is not how a student is drawn")
+    return found
 
 
 class Reconstructed(NamedTuple):
@@ -210,9 +227,7 @@ def teacher(
         ValueError: if there is no such run or checkpoint, or the student is of another kind, or guidance would be
             applied twice.
     """
-    folder = Path(runs_dir) / run
-    parts = _of_the_same_kind("teacher", folder, needs)
-    path = newest(folder, step)
+    path, parts = _of_the_same_kind("teacher", run, runs_dir, weights, step, needs)
     had = state_of(path).few_step
     kind: type[ClassifierFree | Told] = ClassifierFree
     its_own = 1.0 if had is None else had.guidance
@@ -246,8 +261,8 @@ def critic(
     Raises:
         ValueError: if there is no such run or checkpoint, or the student is of another kind.
     """
-    folder = Path(runs_dir) / run
-    return _loaded(_of_the_same_kind("critic", folder, needs), newest(folder, step), weights)
+    path, parts = _of_the_same_kind("critic", run, runs_dir, weights, step, needs)
+    return _loaded(parts, path, weights)
 
 
 def denoiser(run: str, runs_dir: str = "runs", weights: str = "ema", step: int | None = None) -> Denoiser:
@@ -267,16 +282,39 @@ def _loaded(parts: Parts, path: Path, weights: str) -> Denoiser:
     return denoiser
 
 
-def _of_the_same_kind(role: str, folder: Path, needs: Mapping[str, Any] | None) -> Parts:
-    """The parts of a run that is told and draws what the student is."""
-    parts = _parts(folder)
+def _of_the_same_kind(
+    role: str, run: str, runs_dir: str, weights: str, step: int | None, needs: Mapping[str, Any] | None
+) -> tuple[Path, Parts]:
+    """The checkpoint and the parts of a run that is told and draws what the student is, and says it of every time.
+
+    Raises:
+        ValueError: if there is no such run or checkpoint, or it is of another kind.
+    """
+    named = f"objective.{role}.run={run}"
+    if not isinstance(run, str):
+        raise ValueError(f"{named}: give the name of a run")
+    folder = Path(runs_dir) / run
+    try:
+        parts, path = _parts(folder), newest(folder, step)
+        few_step = state_of(path).few_step
+    except (ValueError, checkpoint.CheckpointError) as error:
+        raise ValueError(
+            f"objective.{role}.{error}" if str(error).startswith("run=") else f"{named}: {error}"
+        ) from error
+    if not saved.exported(folder) and weights not in (there := saved.averages(parts.cfg)):
+        raise ValueError(f"objective.{role}.weights={weights}: {run} has {', '.join(there)}")
     for key, ours in (needs or {}).items():
         if (theirs := OmegaConf.select(parts.cfg, key)) != ours:
             raise ValueError(
-                f"objective.{role}.run={folder.name} was trained with {key}={theirs}, but this run has {ours}: a "
-                f"student is told and draws what its {role} is; take the same, or another {role}"
+                f"{named} was trained with {key}={theirs}, but this run has {ours}: a student is told and draws what "
+                f"its {role} is; take the same, or another {role}"
             )
-    return parts
+    if few_step and few_step.sampler and not OmegaConf.select(parts.cfg, "model.lands"):
+        raise ValueError(
+            f"{named} is a student of {few_step.method}, which knows where its steps end, and not where a trajectory "
+            f"goes: take its teacher"
+        )
+    return path, parts
 
 
 def _parts(folder: Path) -> Parts:

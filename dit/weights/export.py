@@ -44,7 +44,7 @@ def native(
     partial.mkdir(parents=True)
     # Copies, since safetensors refuses what shares memory.
     save_file({name: t.clone().contiguous() for name, t in weights.items()}, partial / WEIGHTS, {"format": "pt"})
-    (partial / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+    (partial / CONFIG).write_text(json.dumps({**config, "student": few_step is not None}, indent=1) + "\n")
     if few_step is not None:
         (partial / FEW_STEP).write_text(json.dumps(few_step, indent=1) + "\n")
     for file in (*partial.iterdir(), partial):
