@@ -259,7 +259,7 @@ def _distance(a: Tensor, b: Tensor) -> float:
 def _cell(values: list[float]) -> str:
     """One value, or min / median / max."""
     some = [min(values), statistics.median(values), max(values)] if len(values) > 1 else values
-    return " / ".join(f"{value:.3g}" for value in some)
+    return " / ".join(f"{round(value, 4) + 0:.3g}" for value in some)  # no -0
 
 
 if __name__ == "__main__":
