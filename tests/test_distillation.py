@@ -41,6 +41,7 @@ STUDENTS = {
     "dmd": ["objective=dmd_gan", "objective.every=3", "sampler.num_steps=2", "experiment=digits_dmd"],
     "reflow": [],
 }
+STATEFUL = ("consistency", "progressive", "continuous_consistency", "dmd")  # what the others do they do, too
 STEPS, STOP = 12, 7  # in the midst of the second stage of three, and of what a critic learns between two steps
 
 
@@ -93,7 +94,10 @@ def _objective(chosen):
     return compose("train", [name, "run=x"]).objective
 
 
-@pytest.mark.parametrize("method", STUDENTS)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(method, marks=[] if method in STATEFUL else pytest.mark.slow) for method in STUDENTS],
+)
 def test_a_student_goes_on_bit_equal(student, method):
     """Progressive distillation across a change of its teacher."""
     whole, parts = student(method, f"{method}-whole"), student(method, f"{method}-parts")
