@@ -214,7 +214,7 @@ def drawer(folder: Path, num_images: int) -> Draw:
 
     Black is 0 and white 255, as in pictures: an error of either sign stays one, where clipping would leave but a veil.
     """
-    cfg = saved.config(folder)
+    cfg: Any = saved.config(folder)
 
     def draw(sampler: str | None, num_steps: int, scale: float = 1.0) -> Tensor:
         path = _learned(folder, num_steps)
@@ -222,11 +222,12 @@ def drawer(folder: Path, num_images: int) -> Draw:
         denoiser = trained.load(Parts(cfg), path)
         target = {"euler": "dit.sampler.ancestral.sample", "heun": "dit.sampler.heun.sample"}
         chosen: dict[str, Any] = {"_target_": target[sampler], "_partial_": True} if sampler else dict(cfg.sampler)
-        told: dict[str, Any] = {
+        asked = {
+            **cfg,
             "sampler": {**chosen, "num_steps": num_steps},
             "guidance": {**cfg.guidance, "scale": scale},
         }
-        parts = Parts(OmegaConf.create({**cfg, **told}))
+        parts = Parts(OmegaConf.create(asked))
         labels = {"label": [i % parts.condition.sizes["num_classes"] for i in range(num_images)]}
         latent = parts.latent()
         drawn = parts.pipeline(denoiser, latent).latents(labels, num_images, seed=NOISE_SEED, batch_size=1000)
