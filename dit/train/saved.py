@@ -61,18 +61,22 @@ def _check_targets(node: Any) -> None:
     Raises:
         ValueError: if it is something else.
     """
-    known = {"_target_: " + str(node.get("_target_"))} if isinstance(node, dict) and "_target_" in node else set()
-    if strange := known - _named():
-        raise ValueError(f"{strange.pop()} is nothing that conf/ names, and an export may call nothing else")
-    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
-        _check_targets(child)
+    if isinstance(node, dict):
+        if "_target_" in node and str(node["_target_"]) not in _named():
+            raise ValueError(
+                f"_target_: {node['_target_']} is nothing that conf/ names, and an export may call nothing else"
+            )
+        node = list(node.values())
+    if isinstance(node, list):
+        for child in node:
+            _check_targets(child)
 
 
 @cache
 def _named() -> frozenset[str]:
-    """Each `_target_: ...` in conf/."""
+    """Each `_target_` in conf/."""
     files = config_dir().rglob("*.yaml")
-    return frozenset(match for file in files for match in re.findall(r"_target_: [\w.]+", file.read_text()))
+    return frozenset(match for file in files for match in re.findall(r"_target_: ([\w.]+)", file.read_text()))
 
 
 def exported(folder: Path) -> dict[str, Any]:

@@ -227,8 +227,7 @@ def teacher(
         ValueError: if there is no such run or checkpoint, or the student is of another kind, or guidance would be
             applied twice.
     """
-    path, parts = _of_the_same_kind("teacher", run, runs_dir, weights, step, needs)
-    had = state_of(path).few_step
+    path, parts, had = _of_the_same_kind("teacher", run, runs_dir, weights, step, needs)
     kind: type[ClassifierFree | Told] = ClassifierFree
     its_own = 1.0 if had is None else had.guidance
     if isinstance(its_own, Sequence):
@@ -261,7 +260,7 @@ def critic(
     Raises:
         ValueError: if there is no such run or checkpoint, or the student is of another kind.
     """
-    path, parts = _of_the_same_kind("critic", run, runs_dir, weights, step, needs)
+    path, parts, _ = _of_the_same_kind("critic", run, runs_dir, weights, step, needs)
     return _loaded(parts, path, weights)
 
 
@@ -284,8 +283,8 @@ def _loaded(parts: Parts, path: Path, weights: str) -> Denoiser:
 
 def _of_the_same_kind(
     role: str, run: str, runs_dir: str, weights: str, step: int | None, needs: Mapping[str, Any] | None
-) -> tuple[Path, Parts]:
-    """The checkpoint and the parts of a run that is told and draws what the student is, and says it of every time.
+) -> tuple[Path, Parts, FewStep | None]:
+    """The checkpoint of a run that is told and draws what the student is at all times, its parts, and how it is drawn.
 
     Raises:
         ValueError: if there is no such run or checkpoint, or it is of another kind.
@@ -314,7 +313,7 @@ def _of_the_same_kind(
             f"{named} is a student of {few_step.method}, which knows where its steps end, and not where a trajectory "
             f"goes: take its teacher"
         )
-    return path, parts
+    return path, parts, few_step
 
 
 def _parts(folder: Path) -> Parts:
