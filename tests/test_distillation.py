@@ -194,6 +194,17 @@ def test_a_student_begins_as_its_teacher(student):
         torch.testing.assert_close(ours.x0, theirs.x0, rtol=1e-4, atol=1e-5)
 
 
+def test_a_student_may_say_something_else_of_what_its_teacher_sees(student):
+    """A velocity, of what another schedule would show."""
+    cfg = student("consistency", "seen", "noise=matched", "noise@noise.path=flow", "noise@noise.of=linear")
+    run = Run(cfg)
+    run.prepare()
+    run._leave()
+    teacher = weights(OmegaConf.merge(cfg, {"run": "teacher"}))["ema"]
+    assert all(torch.equal(run.init[name], value) for name, value in teacher.items())
+    assert run.parts.schedule.of.num_steps == 1000
+
+
 def test_a_student_with_an_adapter(student, monkeypatch):
     """The adapter alone is trained; what is drawn, begun with and followed has it merged, and knows no peft."""
     from dit.command.export import main

@@ -158,6 +158,7 @@ TENSOR = ["trainer=fsdp_tp", "trainer.accelerator=cpu", "trainer.devices=2"]
 LEARNED = ["sampler=ddpm", "sampler.variance=learned", "model.learn_sigma=true"]
 LORA = ["adapter=lora", "init=run", "init.path=x"]
 FLOW = ["noise=flow", "prediction=v"]
+SHORTCUT = ["noise=flow", "prediction=flow", "objective=shortcut", "objective/teacher=data", "model.lands=true"]
 EXTRAS = {
     "experiment=digits_vae": "diffusers",
     "objective=autoencoding_gan": "timm",
@@ -167,6 +168,7 @@ EXTRAS = {
 IMPOSSIBLE = [  # overrides, and both keys as the message names them
     (["trainer.micro_batch_size=256"], "trainer.micro_batch_size=256", "trainer.batch_size=128"),
     (["trainer.nodes=2"], "trainer.nodes=2", "trainer.strategy=single"),
+    ([*SHORTCUT, "sampler=flow_map", "trainer.lanes=128"], "trainer.lanes=128", "trainer.batch_size=128"),
     ([*TENSOR, "model.num_heads=1"], "trainer.tensor_parallel_size=2", "model.num_heads=1"),
     ([*TENSOR, *LORA], "trainer.tensor_parallel_size=2", "adapter=none"),
     (["adapter=lora"], "adapter=", "init=none"),

@@ -1,11 +1,12 @@
 """Train the digits' teacher and its students, and print a table: python tools/fewstep_table.py [--table ...].
 
-`students` (the default) compares the methods, `teachers` consistency students of teachers of other schedules and
-predictions, each by several routes, `guidance` a student of a guided teacher. The judge is the classifier of
-metric=classifier, which no training has seen; 5,000 samples a row, of the same noise and labels in all rows. It sees
-what the models say, before that is clipped to pictures, and for `frechet_8bit` the pictures. A student is trained from
-each seed, and a cell is min / median / max of these; of a student that has learned certain numbers of steps the others
-are left out. Runs that are already complete are only read. A few minutes a student and seed on one CPU core.
+`students` (the default) compares the methods, `derivatives` students by an exact derivative and by differences,
+`teachers` consistency students of teachers of other schedules and predictions, each by several routes, `guidance` a
+student of a guided teacher. The judge is the classifier of metric=classifier, which no training has seen; 5,000 samples
+a row, of the same noise and labels in all rows. It sees what the models say, before that is clipped to pictures, and
+for `frechet_8bit` the pictures. Each is trained from each seed, and a cell is min / median / max of these; the students
+of all seeds have one teacher, that of seed 0. Of a student that has learned certain numbers of steps the others are
+left out. Runs that are already complete are only read. A few minutes a run on one CPU core.
 """
 
 import argparse
@@ -28,7 +29,9 @@ from dit.train import saved, trained
 from dit.train.build import Parts, build
 
 TEACHER = "digits_teacher"
+FIRST = 0  # its seed
 STUDENTS = ("progressive", "consistency", "reflow", "meanflow", "continuous_consistency", "shortcut", "dmd")
+DERIVED = ("meanflow", "continuous_consistency")  # those that learn by a derivative
 COLUMNS = (
     "accuracy",
     "frechet",
@@ -50,7 +53,7 @@ Row = tuple[str, list[dict[str, float]]]  # a model in a number of steps; its fi
 
 
 class Kind(NamedTuple):
-    """A teacher of another schedule or prediction, trained half as long as the digits', and how to learn of it."""
+    """A teacher of another schedule or prediction, and how to learn of it."""
 
     noise: str
     prediction: str
@@ -59,23 +62,24 @@ class Kind(NamedTuple):
     @property
     def overrides(self) -> list[str]:
         """What makes it of the digits' teacher."""
-        return [f"noise={self.noise}", f"prediction={self.prediction}", "trainer.max_steps=4000", *self.others]
+        return [f"noise={self.noise}", f"prediction={self.prediction}", *self.others]
 
     def routes(self, name: str) -> dict[str, list[str]]:
-        """Overrides of experiment=digits_consistency, by route.
+        """Overrides of experiment=digits_consistency, by route; each begins with the teacher's weights.
 
         `own` stays on the teacher's schedule, as LCM does; `matched` is exactly the teacher at first, but on the path
-        of flow; `flow` is a flow model that begins with the teacher's weights, whatever they said.
+        of flow; `seen` sees there what the teacher would, but is to say a velocity from the first step on.
         """
         of = [f"objective.teacher.run={name}", f"init.path=${{runs_dir}}/{name}"]
-        path = [f"noise@noise.of={self.noise}", f"prediction@prediction.prediction={self.prediction}"]
+        seen = [*of, "noise=matched", "noise@noise.path=flow", f"noise@noise.of={self.noise}"]
         return {
             "own": [*of, f"noise={self.noise}", f"prediction={self.prediction}", "weight=x0"],
-            "matched": [*of, "noise=matched", "noise@noise.path=flow", "prediction=matched", *path],
-            "flow": of,
+            "matched": [*seen, "prediction=matched", f"prediction@prediction.prediction={self.prediction}"],
+            "seen": seen,
         }
 
 
+ROUTES = ("own", "matched", "seen")
 TEACHERS = {
     "edm": Kind("edm", "edm"),
     "cosine_v": Kind("cosine", "v"),
@@ -124,6 +128,7 @@ def main() -> None:
     parser.add_argument("--table", choices=list(TABLES), default="students")
     parser.add_argument("--students", nargs="*", default=STUDENTS, choices=STUDENTS)
     parser.add_argument("--teachers", nargs="*", default=list(TEACHERS), choices=list(TEACHERS))
+    parser.add_argument("--routes", nargs="*", default=ROUTES, choices=ROUTES)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--num-images", type=int, default=5000)
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
@@ -137,18 +142,32 @@ def main() -> None:
 
 
 def students(options: argparse.Namespace) -> Iterator[Row]:
-    """The methods, and their teacher in several numbers of steps."""
-    folder = run_of(TEACHER, options)
-    draw = drawer(folder, options.num_images)
-    judge = judge_of(folder)
-    referee = Referee(judge, draw("heun", 32))
+    """The methods, and teachers in several numbers of steps."""
+    folders = [run_of(TEACHER, options), *seeds_of(TEACHER, options, but=FIRST)]
+    draws = [drawer(folder, options.num_images) for folder in folders]
+    judge = judge_of(folders[0])
+    referees = [Referee(judge, draw("heun", 32)) for draw in draws]
     yield "held-out digits", [{"frechet": judge.frechet(judge.held_out["image"])}]
     for sampler, num_steps in [*(("euler", n) for n in (1, 2, 4, 8, 32)), ("heun", 32)]:
-        yield f"teacher, {sampler} {num_steps}", [referee(draw(sampler, num_steps)) | _cost(folder)]
+        each = zip(referees, draws, folders, strict=True)
+        figures = [referee(draw(sampler, num_steps)) | _cost(folder) for referee, draw, folder in each]
+        yield f"teacher, {sampler} {num_steps}", figures
     if "reflow" in options.students:
         pairs_of(options)
     for student in options.students:
-        yield from referee.student(student, seeds_of(f"digits_{student}", options), options)
+        yield from referees[0].student(student, seeds_of(f"digits_{student}", options), options)
+
+
+def derivatives(options: argparse.Namespace) -> Iterator[Row]:
+    """Students that learn by a derivative: by differences, as their recipes have it, and by an exact one."""
+    folder = run_of(TEACHER, options)
+    referee = Referee(judge_of(folder), drawer(folder, options.num_images)("heun", 32))
+    yield "teacher, heun 32", [referee(referee.ends) | _cost(folder)]
+    for student in [student for student in options.students if student in DERIVED]:
+        experiment = f"digits_{student}"
+        yield from referee.student(f"{student}, central", seeds_of(experiment, options), options)
+        exact = seeds_of(experiment, options, "objective/derivative=jvp", run=f"{experiment}_jvp")
+        yield from referee.student(f"{student}, jvp", exact, options)
 
 
 def teachers(options: argparse.Namespace) -> Iterator[Row]:
@@ -158,8 +177,9 @@ def teachers(options: argparse.Namespace) -> Iterator[Row]:
         folder = run_of(TEACHER, options, *TEACHERS[kind].overrides, run=name)
         referee = Referee(judge_of(folder), drawer(folder, options.num_images)("heun", 32))
         yield f"{kind}, heun 32", [referee(referee.ends) | _cost(folder)]
-        for route, overrides in TEACHERS[kind].routes(name).items():
-            folders = seeds_of("digits_consistency", options, *overrides, run=f"digits_consistency_{kind}_{route}")
+        for route in options.routes:
+            overrides, run = TEACHERS[kind].routes(name)[route], f"digits_consistency_{kind}_{route}"
+            folders = seeds_of("digits_consistency", options, *overrides, run=run)
             yield from referee.student(f"{kind}, {route}", folders, options)
 
 
@@ -176,6 +196,7 @@ def guidance(options: argparse.Namespace) -> Iterator[Row]:
 
 TABLES: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "students": students,
+    "derivatives": derivatives,
     "teachers": teachers,
     "guidance": guidance,
 }
@@ -188,11 +209,14 @@ def run_of(experiment: str, options: argparse.Namespace, *overrides: str, run: s
     return options.runs_dir / name
 
 
-def seeds_of(experiment: str, options: argparse.Namespace, *overrides: str, run: str | None = None) -> list[Path]:
-    """The same, from each seed."""
+def seeds_of(
+    experiment: str, options: argparse.Namespace, *overrides: str, run: str | None = None, but: int | None = None
+) -> list[Path]:
+    """The same, from each seed but one."""
     return [
         run_of(experiment, options, *overrides, f"seed={seed}", run=f"{run or experiment}-seed{seed}")
         for seed in options.seeds
+        if seed != but
     ]
 
 

@@ -46,10 +46,12 @@ class Objective(nn.Module, ABC):
     Attributes:
         every: the denoiser has a phase in the last of each so many steps, and none in the others.
         paired: whether it learns from pairs, of which it reads `Batch.eps`.
+        least_rows: the samples that each lane must have.
     """
 
     every: int = 1
     paired: bool = False
+    least_rows: int = 1
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:

@@ -32,6 +32,8 @@ class Shortcut(Objective):
         ValueError: if a value is out of range.
     """
 
+    least_rows = 2  # of which one learns from two steps, and one the velocity
+
     def __init__(
         self,
         times: Callable[[Schedule, Tensor], Tensor],
@@ -71,11 +73,6 @@ class Shortcut(Objective):
     def phases(self, denoiser: Denoiser, batch: Batch, step: int) -> Iterator[tuple[str, Tensor]]:
         """One phase, for the denoiser."""
         x0, schedule, draw = batch.x0, denoiser.schedule, batch.draw
-        if draw.rows < 2:
-            raise ValueError(
-                "of the samples of a lane some learn from two steps and some the velocity, but a lane has one alone: "
-                "take fewer trainer.lanes, or a larger trainer.batch_size"
-            )
         num_long = min(max(1, round(self.share * draw.rows)), draw.rows - 1)
         long = torch.arange(len(x0), device=x0.device) % draw.rows < num_long  # (B,), as many in each lane
         steps = 2 ** (draw.uniform("steps") * (self.most + 1)).long()  # (B,)

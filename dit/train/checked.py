@@ -46,6 +46,11 @@ def checked(cfg: DictConfig, layout: Layout) -> Checked:
         teacher.on(denoiser.schedule)  # which makes its guidance
     if few_step := objective.few_step():
         check_drawn(few_step, cfg)
+    if (rows := options.batch_size // options.lanes) < objective.least_rows:
+        raise ValueError(
+            f"trainer.lanes={options.lanes} leaves each {rows} of trainer.batch_size={options.batch_size} samples, "
+            f"but the objective needs {objective.least_rows}: take fewer lanes, or a larger batch"
+        )
     _check_pairs(objective, cfg.data.get("fields", []))
     for name in objective.profiles:
         if name not in (there := cfg.ema.profiles):

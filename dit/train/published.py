@@ -17,7 +17,7 @@ MATCHED = "dit.noise.matched.Matched"
 
 def known(noise: Any, prediction: Any) -> tuple[Any, Any]:
     """The nodes of the schedule and the prediction that a network knows, whatever path it is on."""
-    return (noise.of, prediction.prediction) if noise._target_ == MATCHED else (noise, prediction)
+    return (noise.of, prediction.get("prediction", prediction)) if noise._target_ == MATCHED else (noise, prediction)
 
 
 def beginning(init: DictConfig, noise: Any, prediction: Any, network: nn.Module) -> dict[str, Tensor]:
