@@ -247,3 +247,11 @@ def test_text_is_taken_as_it_is():
         assert OmegaConf.create({"prompt": compose("sample", [override, "run=x"]).prompt}).prompt == text
     assert _quoted("prompt=[a one,a two]", ("prompt",)) == "prompt=[a one,a two]"
     assert _quoted("seed=1", ("prompt",)) == "seed=1"
+
+
+@pytest.mark.parametrize("of", ["edm", "linear"])
+def test_a_path_has_times_of_its_own_whatever_the_network_knows(of):
+    matched = [*("experiment=digits_consistency", "noise=matched", "noise@noise.path=flow"), f"noise@noise.of={of}"]
+    there, flow = (compose("train", words) for words in (matched, ["experiment=digits_consistency"]))
+    assert there.times == flow.times and there.grid == flow.grid
+    assert compose("train", [*matched, "grid=karras"]).grid._target_.endswith("karras")

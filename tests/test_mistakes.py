@@ -168,6 +168,7 @@ EXTRAS = {
 IMPOSSIBLE = [  # overrides, and both keys as the message names them
     (["trainer.micro_batch_size=256"], "trainer.micro_batch_size=256", "trainer.batch_size=128"),
     (["trainer.nodes=2"], "trainer.nodes=2", "trainer.strategy=single"),
+    ([*SHORTCUT, "sampler=flow_map", "weight=v"], "weight= does nothing", "Shortcut"),
     ([*SHORTCUT, "sampler=flow_map", "trainer.lanes=128"], "trainer.lanes=128", "trainer.batch_size=128"),
     ([*TENSOR, "model.num_heads=1"], "trainer.tensor_parallel_size=2", "model.num_heads=1"),
     ([*TENSOR, *LORA], "trainer.tensor_parallel_size=2", "adapter=none"),

@@ -90,6 +90,10 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(f"optimizer.betas=[{','.join(map(str, betas))}] must be two numbers, like [0.9,0.999]")
     with user_errors():
         autoencodes(cfg)
+    weight = cfg.get("weight")
+    if weight and weight.get("prediction") != cfg.prediction and "weight" not in cfg.objective:
+        name = cfg.objective._target_.rpartition(".")[2]
+        raise ConfigError(f"weight= does nothing, as {name} weighs errors in a way of its own: take weight=none")
     if "_target_" in cfg.adapter and "_target_" not in cfg.init:
         raise ConfigError(
             "adapter= adds to frozen weights, but init=none draws them at random: give weights to begin with, like "

@@ -21,8 +21,10 @@ class ContinuousConsistency(Objective):
 
         g = -cos^2 t (v - dx / dt) - r (cos t sin t x_t + cos t sin t dv / dt),    g <- g / (|g| + c),
 
-    r rises from 0 to 1, |g| is a root mean square. Sampled by `sampler/consistency.py` in any number of steps. The
-    derivative wants a time embedding without high frequencies.
+    r rises from 0 to 1, |g| is a root mean square. Sampled by `sampler/consistency.py` in any number of steps.
+
+    The derivative wants a time embedding without high frequencies. And as it hands on what is learned at a time to the
+    times beyond, an error moves like a wave, which an optimizer with momentum makes grow: take one without.
 
     Args:
         times: the density of t, (schedule, u) -> t, both (B,).
