@@ -29,10 +29,10 @@ STUDENTS = {
     "curriculum": ["objective/interval=shrinking", "objective.weigh_gaps=true", "experiment=digits_consistency"],
     "training": ["objective/teacher=data", "objective/interval=doubling", "experiment=digits_consistency"],
     "progressive": ["objective.num_stages=3", "ema.profiles.before.every_steps=4"],
-    "meanflow": [],
-    "central": ["objective/derivative=central", "objective.own_direction=true", "experiment=digits_meanflow"],
+    "meanflow": ["objective/derivative=jvp"],
+    "central": ["objective.own_direction=true", "experiment=digits_meanflow"],
     "shortcut": [],
-    "continuous_consistency": ["objective.warmup_steps=4"],
+    "continuous_consistency": ["objective/derivative=jvp", "objective.warmup_steps=4"],
     "guidance_distillation": [
         *("experiment=digits_guidance_distillation", "objective.teacher.scale=1", "objective.scales=[1,4]"),
         *("model.guided=true", "guidance=told", "sampler.num_steps=2"),
