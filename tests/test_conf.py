@@ -249,9 +249,9 @@ def test_text_is_taken_as_it_is():
     assert _quoted("seed=1", ("prompt",)) == "seed=1"
 
 
-@pytest.mark.parametrize("of", ["edm", "linear"])
-def test_a_path_has_times_of_its_own_whatever_the_network_knows(of):
-    matched = [*("experiment=digits_consistency", "noise=matched", "noise@noise.path=flow"), f"noise@noise.of={of}"]
-    there, flow = (compose("train", words) for words in (matched, ["experiment=digits_consistency"]))
-    assert there.times == flow.times and there.grid == flow.grid
-    assert compose("train", [*matched, "grid=karras"]).grid._target_.endswith("karras")
+@pytest.mark.parametrize(("path", "of"), [("flow", "edm"), ("flow", "linear"), ("edm", "flow"), ("cosine", "flow")])
+def test_a_path_has_times_of_its_own_whatever_the_network_knows(path, of):
+    matched = ["experiment=digits", "noise=matched", f"noise@noise.path={path}", f"noise@noise.of={of}"]
+    there, plain = (compose("train", words) for words in (matched, ["experiment=digits", f"noise={path}"]))
+    assert there.times == plain.times and there.grid == plain.grid
+    assert compose("train", [*matched, "grid=quadratic"]).grid._target_.endswith("quadratic")

@@ -16,6 +16,7 @@ from dit.command import encode, existing, export, sample
 from dit.command.compose import ConfigError, compose, user_errors
 from dit.command.dry_run import sound
 from dit.noise.flow import Flow
+from dit.noise.prediction import flow
 from dit.train import checkpoint, trained
 from dit.train.build import Parts
 from dit.train.checked import checked
@@ -202,7 +203,7 @@ def test_a_student_may_say_something_else_of_what_its_teacher_sees(student):
     run._leave()
     teacher = weights(OmegaConf.merge(cfg, {"run": "teacher"}))["ema"]
     assert all(torch.equal(run.init[name], value) for name, value in teacher.items())
-    assert run.parts.schedule.of.num_steps == 1000
+    assert run.parts.schedule.of.num_steps == 1000 and run.parts.prediction.func is flow
 
 
 def test_a_student_with_an_adapter(student, monkeypatch):
@@ -285,6 +286,11 @@ def test_a_student_with_an_adapter(student, monkeypatch):
             "consistency",
             ["objective/teacher=published", "objective.teacher.init.path=/nowhere.pt"],
             "objective.teacher.init.path=/nowhere.pt: /nowhere.pt: no such file",
+        ),
+        (
+            "consistency",
+            ["objective/teacher=published", "noise=matched", "noise@noise.path=flow", "noise@noise.of=linear"],
+            "prediction=matched names what published weights predict",
         ),
         ("dmd", ["objective/critic=none"], "objective/critic=run"),
         (
@@ -497,7 +503,7 @@ def test_a_student_of_a_teacher_with_a_learned_variance_leaves_it_out(recipe, st
         "consistency",
         "unlearned",
         *("noise=matched", "noise@noise.path=flow", "noise@noise.of=linear", "prediction=matched"),
-        *("prediction@prediction.prediction=eps", "objective.teacher.run=learned", "times=uniform"),
+        *("prediction@prediction.prediction=eps", "objective.teacher.run=learned"),
         f"init.path={teacher.runs_dir}/learned",
         steps=2,
     )

@@ -93,7 +93,7 @@ def check(cfg: DictConfig) -> None:
     weight = cfg.get("weight")
     if weight and weight.get("prediction") != cfg.prediction and "weight" not in cfg.objective:
         name = cfg.objective._target_.rpartition(".")[2]
-        raise ConfigError(f"weight= does nothing, as {name} weighs errors in a way of its own: take weight=none")
+        raise ConfigError(f"weight= does nothing, as {name} does not read it: take weight=none")
     if "_target_" in cfg.adapter and "_target_" not in cfg.init:
         raise ConfigError(
             "adapter= adds to frozen weights, but init=none draws them at random: give weights to begin with, like "

@@ -5,21 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
-from dit.condition.condition import Condition, Encode, check_dropout
+from dit.condition.condition import Condition, Encode
 
 
 class Unconditional(Condition):
-    """`cond = {}`: the network is told nothing besides the noise.
-
-    Args:
-        dropout: as other conditions have it, so that an experiment may set it; of nothing, nothing is left out.
-
-    Raises:
-        ValueError: if dropout is outside [0, 1].
-    """
-
-    def __init__(self, dropout: float = 0.0):
-        check_dropout(dropout)
+    """`cond = {}`: the network is told nothing besides the noise."""
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -23,8 +23,8 @@ class ContinuousConsistency(Objective):
 
     r rises from 0 to 1, |g| is a root mean square. Sampled by `sampler/consistency.py` in any number of steps.
 
-    The derivative wants a time embedding without high frequencies. And as it hands on what is learned at a time to the
-    times beyond, an error moves like a wave, which an optimizer with momentum makes grow: take one without.
+    The derivative wants a time embedding without high frequencies. As it hands on what is learned at a time to times
+    beyond, an error moves like a wave, which momentum can make grow: on the digits an optimizer without is steady.
 
     Args:
         times: the density of t, (schedule, u) -> t, both (B,).

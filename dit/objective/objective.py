@@ -46,7 +46,7 @@ class Objective(nn.Module, ABC):
     Attributes:
         every: the denoiser has a phase in the last of each so many steps, and none in the others.
         paired: whether it learns from pairs, of which it reads `Batch.eps`.
-        least_rows: the samples that each lane must have.
+        least_rows: the fewest samples that a lane must have.
     """
 
     every: int = 1

@@ -93,8 +93,13 @@ def critic(
     """The denoiser that such weights are, which goes on learning; as for `teacher`.
 
     Raises:
-        ValueError: if the weights cannot be read, or are of other classes or sizes.
+        ValueError: if the weights cannot be read, are of other classes or sizes, or it is not said what they predict.
     """
+    if noise._target_ == MATCHED and "prediction" not in prediction:
+        raise ValueError(
+            f"objective.{role}: with noise=matched, prediction=matched names what published weights predict, like "
+            f"prediction@prediction.prediction=eps; another student wants a run or an export as its {role}"
+        )
     of, predicted = known(noise, prediction)
     network: nn.Module = build(model)(**build(condition).sizes)
     try:
