@@ -195,12 +195,15 @@ def test_a_student_begins_as_its_teacher(student):
         torch.testing.assert_close(ours.x0, theirs.x0, rtol=1e-4, atol=1e-5)
 
 
-def test_a_student_may_say_something_else_of_what_its_teacher_sees(student):
-    """A velocity, of what another schedule would show."""
+def test_a_student_may_say_something_else_of_what_its_teacher_sees(student, capsys):
+    """A velocity, of what another schedule would show; that it is not its equal is said."""
     cfg = student("consistency", "seen", "noise=matched", "noise@noise.path=flow", "noise@noise.of=linear")
     run = Run(cfg)
     run.prepare()
     run._leave()
+    assert (
+        "teacher knows noise=flow prediction=flow, and this network is to know noise=linear" in capsys.readouterr().out
+    )
     teacher = weights(OmegaConf.merge(cfg, {"run": "teacher"}))["ema"]
     assert all(torch.equal(run.init[name], value) for name, value in teacher.items())
     assert run.parts.schedule.of.num_steps == 1000 and run.parts.prediction.func is flow
@@ -289,7 +292,10 @@ def test_a_student_with_an_adapter(student, monkeypatch):
         ),
         (
             "consistency",
-            ["objective/teacher=published", "noise=matched", "noise@noise.path=flow", "noise@noise.of=linear"],
+            [
+                *("objective/teacher=published", "objective.teacher.init.path=/nowhere.pt"),
+                *("noise=matched", "noise@noise.path=flow", "noise@noise.of=linear"),
+            ],
             "prediction=matched names what published weights predict",
         ),
         ("dmd", ["objective/critic=none"], "objective/critic=run"),
@@ -299,6 +305,9 @@ def test_a_student_with_an_adapter(student, monkeypatch):
             "init.path=/nowhere.pt: /nowhere.pt: no such file",
         ),
         ("dmd", ["objective.every=0"], "objective.every=0"),
+        ("central", ["objective.derivative.h=0"], "objective.derivative.h=0"),
+        ("continuous_consistency", ["times.std=0"], "times.std=0"),
+        ("consistency", ["prediction=matched"], "take noise=matched"),
         ("dmd", ["objective.critic.run=nobody"], "run=nobody: no such run"),
     ],
 )

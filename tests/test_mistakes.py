@@ -137,6 +137,7 @@ KEYS_OF_NO_DEFAULT = [
     ("train", "objective.max_weight=true"),
     ("train", "optimizer.betas=[0.9]"),
     ("train", "optimizer.betas=[a,b]"),
+    ("train", "optimizer.betas=[0.9,1]"),
     ("sample", "strength=true"),
     ("sample", "interpolate_to=1.5"),
     ("export", "step=1.5"),

@@ -86,8 +86,11 @@ def check(cfg: DictConfig) -> None:
             "never be heard; let it begin earlier, or take objective=autoencoding"
         )
     betas = OmegaConf.select(cfg, "optimizer.betas")
-    if betas is not None and (len(betas) != 2 or not all(isinstance(beta, int | float) for beta in betas)):
-        raise ConfigError(f"optimizer.betas=[{','.join(map(str, betas))}] must be two numbers, like [0.9,0.999]")
+    if betas is not None and (
+        len(betas) != 2 or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas)
+    ):
+        said = ",".join(map(str, betas))
+        raise ConfigError(f"optimizer.betas=[{said}] must be two numbers, from 0 to less than 1, like [0.9,0.999]")
     with user_errors():
         autoencodes(cfg)
     weight = cfg.get("weight")

@@ -71,8 +71,16 @@ class Matched(Schedule):
 
 
 def matched(schedule: Schedule, t: Tensor, *, prediction: Prediction) -> Coefficients:
-    """What a network of another schedule says, F = a x0 + b eps with the (a, b) of its own."""
-    assert isinstance(schedule, Matched)
+    """What a network of another schedule says, F = a x0 + b eps with the (a, b) of its own.
+
+    Raises:
+        ValueError: if the schedule is not `Matched`.
+    """
+    if not isinstance(schedule, Matched):
+        raise ValueError(
+            f"prediction=matched is that of a network on the path of another schedule, and {type(schedule).__name__} "
+            "has no other: take noise=matched, or another prediction"
+        )
     return prediction(schedule.of, schedule.there(t))
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from omegaconf import DictConfig
 
 from dit.metric.subject import check_given
@@ -59,8 +60,12 @@ def checked(cfg: DictConfig, layout: Layout) -> Checked:
                 "ema= that conf/objective names for it, or leave the target to the network's own weights"
             )
     strategy.check(options, denoiser, objective)
-    if is_forward(getattr(objective, "derivative", None)):
-        _check_derivative(parts, options)
+    if times := getattr(objective, "times", None):
+        times(denoiser.schedule, torch.full((1,), 0.5))  # which sees its own options
+    if derivative := getattr(objective, "derivative", None):
+        derivative(torch.sin, [torch.zeros(())], [torch.ones(())])  # the same
+        if is_forward(derivative):
+            _check_derivative(parts, options)
     strategy.arrange(denoiser.network, options)
     build(cfg.learning_rate)(0)
     if cfg.metric:

@@ -1,6 +1,7 @@
 """Published weights: for a run to begin with, and as a teacher."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
@@ -10,14 +11,31 @@ from dit.noise.denoiser import Denoiser
 from dit.objective.teacher import Teacher
 from dit.sampler.guidance import ClassifierFree
 from dit.train.build import build
+from dit.train.saved import config
 from dit.weights.convert import fitted
 
 MATCHED = "dit.noise.matched.Matched"
+INITIAL = "dit.train.trained.initial"  # of conf/init/run.yaml
 
 
 def known(noise: Any, prediction: Any) -> tuple[Any, Any]:
     """The nodes of the schedule and the prediction that a network knows, whatever path it is on."""
     return (noise.of, prediction.get("prediction", prediction)) if noise._target_ == MATCHED else (noise, prediction)
+
+
+def unlike(init: DictConfig, noise: Any, prediction: Any) -> str:
+    """What a run knew, if it is a run that `init` names and a network of this one is to know something else; or ""."""
+    if init._target_ != INITIAL:
+        return ""
+    cfg = config(Path(init.path))
+    theirs, ours = (
+        [node._target_.rpartition(".")[2].lower() for node in known(*nodes)]
+        for nodes in ((cfg.noise, cfg.prediction), (noise, prediction))
+    )
+    if theirs == ours:
+        return ""
+    told = "init.path={} knows noise={} prediction={}, and this network is to know noise={} prediction={}"
+    return told.format(init.path, *theirs, *ours)
 
 
 def beginning(init: DictConfig, noise: Any, prediction: Any, network: nn.Module) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from dit.train.encoding import check_encoded, identity
 from dit.train.environment import gathered
 from dit.train.files import replace, rewound
 from dit.train.pairs import check_pairs
-from dit.train.published import beginning
+from dit.train.published import beginning, unlike
 from dit.train.same import differences, taught_by
 from dit.train.saved import PROGRESS, summary_of
 from dit.train.strategy import Strategy, trained
@@ -115,6 +115,8 @@ class Run:
         """The weights to begin with, as the network needs them, and its adapter."""
         network = self.parts.denoiser("meta").network
         weights = beginning(self.cfg.init, self.cfg.noise, self.cfg.prediction, network)
+        if told := unlike(self.cfg.init, self.cfg.noise, self.cfg.prediction):
+            print(f"dit: {told}: it does not begin as its equal", flush=True)
         if not self.parts.adapter:
             return weights
         network.load_state_dict(weights, assign=True)
