@@ -368,7 +368,7 @@ def test_dry_runs_of_whatever(overrides, tmp_path, capsys, monkeypatch):
         (["trainer=ddp", "trainer.strategy=dpp"], "choose one of single, ddp"),
         (["trainer.devices=2"], "trainer.strategy=single"),
         (["objective.bound_weight=1"], "model.learn_sigma=true"),
-        (["optimizer.betas=[2,3]"], "Invalid beta"),
+        (["optimizer.betas=[2,3]"], "optimizer.betas=[2,3] must be two numbers, from 0 to less than 1"),
     ],
 )
 def test_dry_runs_that_end_with_exit_code_2(overrides, message):
