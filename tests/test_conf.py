@@ -159,7 +159,7 @@ MORE = [
     (["sampler=ddpm", "sampler.variance=learned"], "model.learn_sigma=true"),
     (["guidance=autoguidance", "guidance.weak.run=nope"], "run=nope: no such run"),
     (["trainer.micro_batch_size=100"], "choose one of [128, 64, 32, 16]"),
-    (["optimizer.betas=[2,3]"], "Invalid beta"),
+    (["optimizer.betas=[2,3]"], "optimizer.betas=[2,3] must be two numbers, from 0 to less than 1"),
 ]
 
 
