@@ -318,24 +318,24 @@ def test_mistakes_are_answered(runs, pictures, overrides, message):
 def judged(runs, *overrides):
     """What `dit evaluate` writes."""
     cfg = run_verb(evaluate, runs, *overrides)
-    return json.loads((runs / cfg.run / "evaluation.json").read_text())
+    return json.loads((runs / cfg.run / "evaluation.jsonl").read_text().splitlines()[-1])
 
 
 @pytest.mark.parametrize("run", ["plain", "edm", "unconditional", "learned"])
 def test_likelihood_of_a_run(runs, run):
-    figures = judged(
-        runs, f"run={run}", "metric=likelihood", "metric.num_steps=10", "metric.num_bound_steps=20", "num_images=30"
-    )
+    steps = ("metric.likelihood.num_steps=10", "metric.likelihood.num_bound_steps=20")
+    record = judged(runs, f"run={run}", "metric=likelihood", *steps, "num_samples=30")
+    figures = record["figures"]
     assert 0 < figures["bits_per_dim"] < 100 and 0 < figures["bits_per_dim_bound"] < 1e5
-    assert figures["bits_per_dim_error"] > 0 and figures["step"] == 3
-    assert figures["asked"]["metric"]["num_steps"] == 10
+    assert figures["bits_per_dim_error"] > 0 and record["settings"]["step"] == 3
+    assert record["settings"]["metric"]["likelihood"]["num_steps"] == 10
 
 
 def test_wrong_figures_leave_nothing(runs):
     for option in ("num_steps=0", "num_probes=0", "num_bound_steps=-1"):
-        with pytest.raises(ConfigError, match=f"metric.{option} must be at least 1"):
-            judged(runs, "run=weaker", "metric=likelihood", f"metric.{option}", "num_images=20")
-    assert not (runs / "weaker" / "evaluation.json").exists()
+        with pytest.raises(ConfigError, match=rf"metric\.likelihood\.{option} must be at least 1"):
+            judged(runs, "run=weaker", "metric=likelihood", f"metric.likelihood.{option}", "num_samples=20")
+    assert not (runs / "weaker" / "evaluation.jsonl").exists()
 
 
 def test_a_run_without_a_metric_asks_for_one(runs):

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dit.metric.classifier import Judge
 from dit.metric.frechet import frechet_distance
+from dit.metric.moments import Moments
 from dit.train import saved, trained
 from dit.train.build import Parts, build
 
@@ -101,14 +102,16 @@ class Referee:
         self.judge, self.ends = judge, ends
         self.asked = torch.arange(len(ends)) % judge.num_classes
         self.unrelated = _distance(ends.flip(0), ends)
-        self.seen_ends, self.seen_held_out = judge.features(ends), judge.features(judge.held_out["image"])
+        self.seen_ends, self.seen_held_out = (
+            Moments.of(judge.features(images)) for images in (ends, judge.held_out["image"])
+        )
 
     def __call__(self, images: Tensor) -> dict[str, float]:
         """The figures of a row."""
         features = self.judge.features(images)
         return self.judge.figures(images, self.asked) | {
-            "frechet_held_out": frechet_distance(features, self.seen_held_out),
-            "frechet_teacher": frechet_distance(features, self.seen_ends),
+            "frechet_held_out": frechet_distance(Moments.of(features), self.seen_held_out),
+            "frechet_teacher": frechet_distance(Moments.of(features), self.seen_ends),
             "frechet_8bit": self.judge.frechet(images.round().clamp(0, 255)),
             "trajectory": _distance(images, self.ends) / self.unrelated,
         }

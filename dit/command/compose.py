@@ -229,8 +229,9 @@ def _check_option(loader: ConfigLoader, override: Override) -> None:
     value = override.value()
     if override.is_delete() or override.is_add():
         raise ConfigError(f"{override.input_line}: a group is chosen, not added or deleted; {_nearest('', options)}")
-    if value not in options:
-        raise ConfigError(f"{override.input_line}: no such option; {_nearest(value, options)}")
+    for option in value if isinstance(value, list) and value else [value]:
+        if option not in options:
+            raise ConfigError(f"{override.input_line}: no such option; {_nearest(str(option), options)}")
 
 
 def _check_key(base: DictConfig, override: Override, groups: Sequence[str]) -> None:

@@ -53,7 +53,7 @@ def sound(cfg: DictConfig, layout: Layout) -> tuple[DictConfig, Any]:
     """
     cfg = settled(cfg)
     _, parts, _, denoiser, _, _ = checked(cfg, layout)
-    for node in (cfg.logger, cfg.metric, cfg.learning_rate):
+    for node in (cfg.logger, *(cfg.metric or {}).values(), cfg.learning_rate):
         build(node)
     build_trained(cfg, denoiser)
     return cfg, parts

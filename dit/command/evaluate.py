@@ -1,14 +1,49 @@
-"""dit evaluate: the figures of a run's weights."""
+"""dit evaluate: the figures of a run's weights, or the statistics of data by which runs are judged."""
 
+import hashlib
 import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from dit.command.compose import ConfigError, user_errors
+from dit.command.compose import (
+    ConfigError,
+    check_choices,
+    check_least,
+    check_texts,
+    compose,
+    exit_code_of,
+    user_errors,
+)
 from dit.command.existing import check_run, check_writable, load, offer
+from dit.train import saved
 
-prepare = offer
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dit.train.world import World
+
+VERBATIM = ("reference", "samples", "out")
+# What moves a figure but is not compared by it: figures are compared only where all of these agree.
+ALIKE = ("metric", "extractors", "reference", "image_size", "num_samples", "labels", "precision")
+DRAWN = ("step", "weights", "sampler", "grid", "guidance", "seed", "batch_size", "labels", "precision", "device")
+
+
+def configuration(overrides: Sequence[str]) -> str:
+    """The file of conf/: a run is judged, or a reference is made."""
+    makes = any(o.startswith("reference=") for o in overrides) and not any(o.startswith("run=") for o in overrides)
+    return "reference" if makes else "evaluate"
+
+
+def prepare(overrides: Sequence[str] | None) -> None:
+    """Make what the run had an option, if one is judged."""
+    if overrides is None or configuration(overrides) == "evaluate":
+        offer(overrides)
 
 
 def check(cfg: DictConfig) -> None:
@@ -17,23 +52,131 @@ def check(cfg: DictConfig) -> None:
     Raises:
         ConfigError: naming the value and the way out.
     """
-    check_run(cfg, {"num_images": 20})
+    check_least(cfg, {"batch_size": 1, "processes": 1})
+    check_choices(cfg, {"accelerator": ("auto", "cpu", "gpu")})
+    if cfg.reference is not None:
+        check_texts(cfg, ["reference"])
+    if "run" not in cfg:
+        check_least(cfg, {"num_images": 0})
+        check_choices(cfg, {"split": ("train", "held_out"), "overwrite": (True, False)})
+        if Path(cfg.reference).suffix != ".npz":
+            raise ConfigError(f"reference={cfg.reference}: the file is a .npz; give a name that ends so")
+        if Path(cfg.reference).exists() and not cfg.overwrite:
+            raise ConfigError(f"reference={cfg.reference} exists: take another name, or overwrite=true")
+        return
+    check_run(cfg, {"num_samples": 20})
+    choices = {"labels": ("in_turn", "random"), "precision": ("float32", "bfloat16"), "keep_samples": (True, False)}
+    check_choices(cfg, choices)
     if not cfg.metric:
-        raise ConfigError(f"run={cfg.run} has no metric of its own: choose one, like metric=likelihood")
+        raise ConfigError(f"run={cfg.run} has no metric of its own: choose one, like metric=fid or metric=likelihood")
+    for key, least in {"scales": 0.0, "steps": 1}.items():
+        values = _several(cfg[key])
+        for value in values:
+            check_least(OmegaConf.create({key: value}), {key: least})
+        group, name = ("guidance", "scale") if key == "scales" else ("sampler", "num_steps")
+        if values and name not in (cfg[group] or {}):
+            raise ConfigError(f"{key}={cfg[key]}: run={cfg.run} has no {group}.{name} to vary; leave {key} out")
+    for other in _several(cfg.against):
+        with user_errors():
+            saved.config(Path(cfg.runs_dir) / str(other))
+    if cfg.samples is not None and Path(str(cfg.samples)).suffix != ".npz":
+        raise ConfigError(f"samples={cfg.samples}: the file is a .npz; give a name that ends so")
+    if cfg.samples is not None and (_several(cfg.scales) or _several(cfg.steps) or _several(cfg.against)):
+        raise ConfigError(f"samples={cfg.samples} takes those of one evaluation: leave scales, steps and against out")
 
 
 def tell_apart(cfg: DictConfig, suffix: str) -> None:
     """Give a job of a multirun a file of its own."""
-    if cfg.out is None:
-        cfg.out = str(Path(cfg.runs_dir) / cfg.run / f"evaluation-{suffix}.json")
+    if "run" in cfg and cfg.out is None:
+        cfg.out = str(Path(cfg.runs_dir) / cfg.run / f"evaluation-{suffix}.jsonl")
 
 
 def main(cfg: DictConfig) -> int:
     """Judge, print the figures, and write them with what they depend on; the exit code."""
-    from omegaconf import OmegaConf
+    with user_errors():
+        import torch
 
-    from dit.metric.subject import check_given
-    from dit.train.build import PIXELS, build
+        from dit.train.world import World
+
+        if cfg.accelerator == "gpu" and not torch.cuda.is_available():
+            raise ValueError("accelerator=gpu, but torch sees none: choose accelerator=cpu")
+        gpus = 0 if cfg.accelerator == "cpu" else torch.cuda.device_count()
+        number = 1 if World().launched else cfg.processes or max(1, gpus)
+        jobs = [cfg, *_others(cfg)]
+    if number > 1:
+        from dit.train.launch import launch
+
+        return launch(one_of_several, jobs, number)
+    return work(jobs)
+
+
+def one_of_several(jobs: list[DictConfig]) -> int:
+    """As one of the processes that `main` launched; the exit code."""
+    return exit_code_of(lambda: work(jobs))
+
+
+def work(jobs: list[DictConfig]) -> int:
+    """What there is to do, in this process; the exit code."""
+    with user_errors():
+        import torch
+
+        from dit.train.world import World
+
+        world = World()
+        kind = "cuda" if jobs[0].accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+        if world.size > 1:
+            world.join(kind)
+    try:
+        if "run" not in jobs[0]:
+            _make_reference(jobs[0], world, kind)
+            return 0
+        records = [_record(job, world) for cfg in jobs for job in _varied(cfg)]
+        if world.is_first:
+            _say(jobs[0], records)
+        return 0
+    finally:
+        world.leave()
+
+
+def _several(value: Any) -> list[Any]:
+    """The values of a key that may have one, several, or none."""
+    return [] if value is None else list(value) if isinstance(value, ListConfig | list) else [value]
+
+
+def _others(cfg: DictConfig) -> list[DictConfig]:
+    """The evaluations of what a run is compared with, as each was configured."""
+    if "run" not in cfg or not (names := _several(cfg.against)):
+        return []
+    from hydra.core.hydra_config import HydraConfig
+
+    asked = [word for word in HydraConfig.get().overrides.task if not word.startswith(("run=", "against="))]
+    found = []
+    for name in names:
+        words = [*asked, f"run={name}"]
+        offer(words)
+        found.append(compose("evaluate", words))
+        check(found[-1])
+    return found
+
+
+def _varied(cfg: DictConfig) -> Iterator[DictConfig]:
+    """An evaluation for each scale of guidance and number of steps."""
+    for scale in _several(cfg.scales) or [None]:
+        for num_steps in _several(cfg.steps) or [None]:
+            job = cfg.copy()
+            if scale is not None:
+                job.guidance.scale = scale
+            if num_steps is not None:
+                job.sampler.num_steps = num_steps
+            yield job
+
+
+def _record(cfg: DictConfig, world: "World") -> dict[str, Any]:
+    """The figures of one evaluation, and all that they depend on; those of before, if they are there."""
+    import torch
+
+    from dit.train.build import build
+    from dit.train.judging import Judging, check_metrics
 
     with user_errors():
         run = load(cfg)
@@ -41,18 +184,271 @@ def main(cfg: DictConfig) -> int:
         data = build(trained.data)
         data.check()
         data.check_images()
-        data.prepare()
-        metric = build(cfg.metric)
-        check_given(metric, trained.data.get("fields", ["label"]), trained.latent._target_ == PIXELS)
-        out = Path(cfg.out) if cfg.out else Path(cfg.runs_dir) / cfg.run / "evaluation.json"
-        check_writable(out)
-        train, held_out = data.read("train"), data.read("held_out")
-    subject = run.parts.subject(run.denoiser, run.latent, seed=cfg.seed, batch_size=cfg.batch_size)
+        world.once(data.prepare)
+        check_metrics(cfg.metric, trained.data.get("fields", ["label"]), trained.latent)
+        cache, folder = Path(cfg.runs_dir) / "references", Path(cfg.runs_dir) / str(cfg.run)
+        out = Path(cfg.out) if cfg.out else folder / "evaluation.jsonl"
+        if world.is_first:
+            check_writable(out)
+        judging = Judging(
+            cfg.metric,
+            data,
+            world=world,
+            device=run.device,
+            cache=cache,
+            reference=cfg.reference,
+            rank=world.rank,
+            size=world.size,
+        )
+        narrow = (
+            partial(torch.autocast, run.device.type, torch.bfloat16) if cfg.precision == "bfloat16" else nullcontext
+        )
+        subject = run.parts.subject(run.denoiser, run.latent, seed=cfg.seed, batch_size=cfg.batch_size, within=narrow)
+        judging.check(subject)
+        if cfg.samples is not None and not judging.extractors:
+            raise ValueError(f"samples={cfg.samples} are those that metrics like fid look at: choose one of them, too")
+        settings = _settings(cfg, run, judging, data)
+        known = next((record for record in _records(out) if record["settings"] == settings), None)
+        if known and cfg.samples is None:
+            return known
+        key = hashlib.sha256(_text({name: settings[name] for name in DRAWN})).hexdigest()[:16]
+        parts = folder / "evaluation" / key
+        if judging.extractors:
+            parts.mkdir(parents=True, exist_ok=True)
+    world.say(f"dit: judging {cfg.num_samples:,} samples of run={cfg.run} at step {run.step}{_told(cfg)}")
     with user_errors():
-        figures = metric(subject, train, held_out, num_images=cfg.num_images)
-    asked = OmegaConf.to_container(cfg, resolve=True)
-    out.write_text(json.dumps({"step": run.step, **figures, "asked": asked}, indent=1) + "\n")
-    for name, value in figures.items():
-        print(f"  {name:<28} {value:.4g}")
+        figures = judging(
+            subject,
+            cfg.num_samples,
+            cfg.batch_size,
+            seed=cfg.seed,
+            labels=cfg.labels,
+            drawn=partial(_kept, parts),
+        )
+    record = {"figures": figures, "settings": settings}
+    world.gathered(None)  # all have drawn
+    if world.is_first:
+        with out.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        if cfg.samples is not None:
+            _write_samples(Path(cfg.samples), parts, cfg.num_samples)
+        if not cfg.keep_samples:
+            shutil.rmtree(parts, ignore_errors=True)
+    return record
+
+
+def _settings(cfg: DictConfig, run: Any, judging: Any, data: Any) -> dict[str, Any]:
+    """All that moves a figure."""
+    resolved: Any = OmegaConf.to_container(cfg, resolve=True)
+    if judging.statistics:
+        reference = {"file_sha256": _sha256(Path(cfg.reference))}
+    else:
+        reference = {"training_images": data.fingerprint()}
+    return {
+        "run": str(cfg.run),
+        "step": run.step,
+        **{name: resolved[name] for name in ("weights", "sampler", "grid", "guidance", "metric")},
+        **{name: resolved[name] for name in ("num_samples", "labels", "seed", "batch_size", "precision")},
+        "extractors": judging.extractors,
+        "reference": reference,
+        "image_size": run.parts.cfg.data.image_size,
+        "device": run.device.type,
+    }
+
+
+def _told(cfg: DictConfig) -> str:
+    """What is varied, in words."""
+    scale = f", guidance {cfg.guidance.scale:g}" if cfg.scales is not None else ""
+    return scale + (f", {cfg.sampler.num_steps} steps" if cfg.steps is not None else "")
+
+
+def _records(out: Path) -> list[dict[str, Any]]:
+    """The evaluations of before; a line that was cut off is none."""
+    found = []
+    for line in out.read_text().splitlines() if out.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return [record for record in found if isinstance(record, dict) and {"figures", "settings"} <= record.keys()]
+
+
+def _kept(folder: Path, number: int, draw: "Callable[[], Tensor]") -> "Tensor":
+    """A part of the samples: that of before, or drawn now and written, as a whole or not at all."""
+    import numpy as np
+    import torch
+
+    path = folder / f"{number:06d}.npy"
+    if path.exists():
+        return torch.from_numpy(np.load(path)).permute(0, 3, 1, 2)
+    images = draw()
+    partial_file = folder / f"{number:06d}.tmp"
+    with partial_file.open("wb") as file:
+        np.save(file, images.permute(0, 2, 3, 1).contiguous().numpy())
+    partial_file.rename(path)
+    return images
+
+
+def _write_samples(path: Path, parts: Path, number: int) -> None:
+    """All samples as `arr_0`, uint8 (N, H, W, C), as the evaluator of ADM reads them."""
+    import numpy as np
+
+    files = sorted(parts.glob("*.npy"))
+    first = np.load(files[0], mmap_mode="r")
+    whole = np.lib.format.open_memmap(parts / "all.tmp", "w+", np.uint8, (number, *first.shape[1:]))
+    start = 0
+    for file in files:
+        part = np.load(file)[: number - start]
+        whole[start : start + len(part)] = part
+        start += len(part)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_file = path.with_name(f"{path.name}.tmp")
+    with partial_file.open("wb") as file_:
+        np.savez(file_, whole)
+    partial_file.rename(path)
+    (parts / "all.tmp").unlink()
+
+
+def check_alike(records: Sequence[Mapping[str, Any]]) -> None:
+    """See whether figures may stand in one table.
+
+    Raises:
+        ValueError: if they were not judged alike, naming what differs.
+    """
+    for record in records[1:]:
+        for name in ALIKE:
+            ours, theirs = (one["settings"][name] for one in (records[0], record))
+            if ours != theirs:
+                runs = f"run={records[0]['settings']['run']} and run={record['settings']['run']}"
+                raise ValueError(
+                    f"{runs} were not judged alike, so that their figures cannot be compared: {name} is "
+                    f"{_short(ours)} and {_short(theirs)}"
+                )
+
+
+def _say(cfg: DictConfig, records: Sequence[Mapping[str, Any]]) -> None:
+    """Print one evaluation, or several as a table, with a plot of what was varied.
+
+    Raises:
+        ConfigError: if several were not judged alike.
+    """
+    out = Path(cfg.out) if cfg.out else Path(cfg.runs_dir) / cfg.run / "evaluation.jsonl"
+    if len(records) == 1:
+        for name, value in records[0]["figures"].items():
+            print(f"  {name:<28} {value:.4g}")
+    else:
+        with user_errors():
+            check_alike(records)
+        columns = list(records[0]["figures"])
+        print("| run | guidance | steps | " + " | ".join(columns) + " |")
+        print("|---" * (3 + len(columns)) + "|")
+        for record in records:
+            settings = record["settings"]
+            scale, num_steps = (
+                (settings["guidance"] or {}).get("scale", 1),
+                (settings["sampler"] or {}).get("num_steps", ""),
+            )
+            cells = " | ".join(f"{record['figures'][name]:.4g}" for name in columns)
+            print(f"| {settings['run']} | {scale} | {num_steps} | {cells} |")
+        if len(_several(cfg.scales)) > 1 or len(_several(cfg.steps)) > 1:
+            print(f"  {'plot':<28} {_plot(records, out.with_suffix('.png'))}")
     print(f"  {'written to':<28} {out}")
-    return 0
+
+
+def _plot(records: Sequence[Mapping[str, Any]], path: Path) -> str:
+    """Each figure over the scale of guidance, a line for each run and number of steps; or over steps."""
+    try:
+        import matplotlib
+    except ImportError:
+        return "none: pip install 'ditforge[plot]' and start again"
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [
+        (
+            r["settings"]["run"],
+            r["settings"]["guidance"].get("scale", 1),
+            r["settings"]["sampler"]["num_steps"],
+            r["figures"],
+        )
+        for r in records
+    ]
+    by_scale = len({scale for _, scale, _, _ in rows}) > 1
+    names = list(rows[0][3])
+    columns = min(3, len(names))
+    lines = -(-len(names) // columns)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(4.5 * columns, 3.4 * lines), squeeze=False)
+    runs = sorted({run for run, *_ in rows})
+    for axis, name in zip(axes.flat, names, strict=False):
+        groups: dict[str, list[tuple[float, float]]] = {}
+        for run, scale, num_steps, figures in rows:
+            label = f"{num_steps} steps" if by_scale else f"guidance {scale:g}"
+            label = f"{run}, {label}" if len(runs) > 1 else label
+            groups.setdefault(label, []).append((scale if by_scale else num_steps, figures[name]))
+        for label, points in groups.items():
+            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
+        axis.set_xlabel("scale of guidance" if by_scale else "steps of the sampler")
+        axis.set_ylabel(name)
+        axis.grid(alpha=0.3)
+        if not by_scale:
+            axis.set_xscale("log", base=2)
+    for axis in axes.flat[len(names) :]:
+        axis.remove()
+    axes.flat[0].legend()
+    first = records[0]["settings"]
+    figure.suptitle(f"{', '.join(runs)}: {first['num_samples']:,} samples, weights={first['weights']}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return str(path)
+
+
+def _make_reference(cfg: DictConfig, world: "World", kind: str) -> None:
+    """Statistics of data, by all processes, and the first images."""
+    import numpy as np
+
+    from dit.metric import statistics
+    from dit.metric.seen import Seen
+    from dit.train.build import build
+    from dit.train.judging import Look
+
+    with user_errors():
+        path = Path(cfg.reference)
+        if world.is_first:
+            check_writable(path)
+        data = build(cfg.data)
+        data.check()
+        world.once(data.prepare)
+        if not data.has_images(cfg.split):
+            raise ValueError(f"the {cfg.split} shards have no images: give shards of images as data.path")
+        look = Look(build(cfg.extractor)(), world.device(kind))
+        moments = [layer for layer in statistics.LAYERS if layer in look.extractor.layers]
+        seen, images = Seen(moments, ()), {}
+        for number, samples in data.parts(cfg.split, cfg.batch_size, world.rank, world.size):
+            seen.add(number, look(samples["image"]))
+            if number * cfg.batch_size < cfg.num_images:
+                images[number] = samples["image"].permute(0, 2, 3, 1).contiguous().numpy()
+    if world.size > 1:
+        seen.share(world.sum, world.gathered)
+        images = {number: part for parts in world.gathered(images) for number, part in parts.items()}
+    if world.is_first:
+        first = np.concatenate([images[number] for number in sorted(images)])[: cfg.num_images] if images else None
+        total = seen.moments["pool"].number
+        about = {"extractor": look.about, "image_size": cfg.data.image_size, "number": total}
+        statistics.write(path, seen.moments, first, about | {"split": cfg.split, "data": data.fingerprint()})
+        print(f"  {'statistics of':<28} {total:,} images, by {look.about['name']}")
+        print(f"  {'written to':<28} {path}, {path}.json")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _text(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True).encode()
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) < 120 else text[:117] + "..."

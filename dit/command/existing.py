@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from dit.latent.latent import Latent
 
-AS_THE_RUN_HAD_IT = ("sampler", "grid", "guidance", "metric")
+AS_THE_RUN_HAD_IT = ("sampler", "grid", "guidance", "extractor", "metric")
 
 
 class Loaded(NamedTuple):
@@ -51,7 +51,7 @@ def offer(overrides: Sequence[str] | None) -> None:
 
 def _store(config: Any) -> None:
     for group in AS_THE_RUN_HAD_IT:
-        node = config[group] if config else {}
+        node = config.get(group) if config else {}
         ConfigStore.instance().store(group=group, name="run", node=OmegaConf.create({} if node is None else node))
 
 

@@ -116,8 +116,13 @@ class Source(ABC):
                 raise ValueError(f"the metric needs images, and the {split} shards have none: give data.{key}=<folder>")
 
     @abstractmethod
-    def _files(self, split: str) -> Iterator[tuple[str, str, dict[str, bytes]]]:
-        """All samples of a split in order: as messages name it, the key, the files (images, not latents)."""
+    def _files(
+        self, split: str, own: Callable[[int], bool] = lambda number: True
+    ) -> Iterator[tuple[int, str, str, dict[str, bytes]]]:
+        """All samples of a split in order, or those of some numbers.
+
+        Of each its number, how messages name it, the key, the files (images, not latents).
+        """
 
     def _loader(
         self, batches: Dataset[dict[str, Any]], steps: Iterable[int] | None = None
@@ -146,17 +151,42 @@ class Source(ABC):
 
         They have `image`, if there are images of the split, and the fields.
         """
-        assert split in ("train", "held_out")
-        decode, samples, bad = self.decoder.of_images(), list[dict[str, Any]](), 0
-        for where, key, files in itertools.islice(self._files(split), most):
-            try:
-                samples.append(decode(key, files, Augmentation()))
-            except BadSample as error:
-                bad += 1
-                print(f"dit: WARNING: {where}: {error}; left out, {bad} so far", flush=True)
-        if not samples:
+        found = next(self.parts(split, most), None)
+        if found is None:
             raise ValueError(f"there is no sample that can be read among the {split} shards")
-        return collate(samples)
+        return found[1]
+
+    def parts(
+        self, split: str, size: int | None, rank: int = 0, world_size: int = 1
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The samples of `train` or `held_out` in order, in parts of a size, as `read` has them; bad ones are left out.
+
+        Args:
+            split: which.
+            size: of a part; None: all are one.
+            rank: of this process; it gets every world_size-th part, this one the first.
+            world_size: number of processes.
+
+        Yields:
+            The number of a part, and its samples; a part of bad samples alone is left out.
+        """
+        assert split in ("train", "held_out")
+        decode, bad = self.decoder.of_images(), 0
+
+        def part_of(number: int) -> int:
+            return 0 if size is None else number // size
+
+        files = self._files(split, lambda number: part_of(number) % world_size == rank)
+        for part, some in itertools.groupby(files, lambda found: part_of(found[0])):
+            samples = []
+            for _, where, key, data in some:
+                try:
+                    samples.append(decode(key, data, Augmentation()))
+                except BadSample as error:
+                    bad += 1
+                    print(f"dit: WARNING: {where}: {error}; left out, {bad} so far", flush=True)
+            if samples:
+                yield part, collate(samples)
 
 
 class _Loader(DataLoader[dict[str, Any]]):

@@ -249,14 +249,17 @@ class Stream(Source):
             self._others[split] = Shards([folder], None, store.cache, store.cache_bytes)
         return self._others[split]
 
-    def _files(self, split: str) -> Iterator[tuple[str, str, dict[str, bytes]]]:
-        """The shard, the key and the files of all samples of a split."""
+    def _files(
+        self, split: str, own: Callable[[int], bool] = lambda number: True
+    ) -> Iterator[tuple[int, str, str, dict[str, bytes]]]:
+        """The number, the shard, the key and the files of samples of a split; of others nothing is read."""
         shards, wanted = self._of(split), self.decoder.of_images().files()
         if not self.has_images(split):
             wanted.pop("image")
-        for number, shard in enumerate(shards.all):
-            for sample in range(shard.samples):
-                yield shards.where(number, sample), shards.key(number, sample), shards.files(number, sample, wanted)
+        places = ((shard, sample) for shard, found in enumerate(shards.all) for sample in range(found.samples))
+        for number, place in enumerate(places):
+            if own(number):
+                yield number, shards.where(*place), shards.key(*place), shards.files(*place, wanted)
 
 
 def check_files(place: Store, shards: Sequence[index.Shard], wanted: Wanted, again: str) -> None:

@@ -98,12 +98,15 @@ class WebDataset(Source):
         """The first sample of the first shard, as a batch of one."""
         return self.read("train", most=1)
 
-    def _files(self, split: str) -> Iterator[tuple[str, str, dict[str, bytes]]]:
-        """All samples of a split."""
+    def _files(
+        self, split: str, own: Callable[[int], bool] = lambda number: True
+    ) -> Iterator[tuple[int, str, str, dict[str, bytes]]]:
+        """Samples of a split; all are read."""
         folder = self.held_out if split == "held_out" else self.paths[0]
         if folder is None:
             raise ValueError("data.held_out=null: give the folder of these images, which evaluation needs")
-        return self.samples(_shards(folder))
+        samples = enumerate(self.samples(_shards(folder)))
+        return ((number, *found) for number, found in samples if own(number))
 
     def samples(self, paths: Sequence[Path]) -> Iterator[tuple[str, str, dict[str, bytes]]]:
         """The samples of shards, undecoded, in order: as messages name it, the key, the files."""

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit.metric.frechet import frechet_distance
+from dit.metric.moments import Moments
 from dit.metric.subject import Samples, Subject, rows
 
 
@@ -76,7 +77,7 @@ class Judge:
 
     def frechet(self, images: Tensor) -> float:
         """The Frechet distance of images to the training images, in features."""
-        return frechet_distance(self.features(images), self.reference)
+        return frechet_distance(Moments.of(self.features(images)), Moments.of(self.reference))
 
     def figures(self, drawn: Tensor, asked: Tensor) -> dict[str, float]:
         """What is seen in samples, uint8 (N, C, H, W), of the classes (N,) asked for; see `judge`."""
@@ -85,7 +86,7 @@ class Judge:
         return {
             "accuracy": _accuracy(self.classifier, drawn, asked),
             "diversity": _within_class_variance(features, asked) / spread,
-            "frechet": frechet_distance(features, self.reference),
+            "frechet": frechet_distance(Moments.of(features), Moments.of(self.reference)),
             "nearest": _median_nearest(drawn, train["image"]) / _median_nearest(held_out["image"], train["image"]),
         }
 

@@ -55,7 +55,7 @@ def likelihood(
     images = held_out["image"][:num_images]
     for name, value in {"num_steps": num_steps, "num_probes": num_probes, "num_bound_steps": num_bound_steps}.items():
         if value < 1:
-            raise ValueError(f"metric.{name}={value} must be at least 1")
+            raise ValueError(f"metric.likelihood.{name}={value} must be at least 1")
     if tuple(images.shape[1:]) != subject.shape:
         raise ValueError(
             f"metric=likelihood is that of pixels, {tuple(images.shape[1:])}; the network sees {subject.shape}"

@@ -12,11 +12,13 @@ class Subject(NamedTuple):
     """A trained model, as far as metrics look at it."""
 
     told: Callable[[Samples], dict[str, Tensor]]  # what the network is told of samples
-    draw: Callable[[Samples], Tensor]  # told that, uint8 images (N, C, H, W), sampled as the run is configured
+    draw: Callable[..., Tensor]  # told that, uint8 images (N, C, H, W), as configured; `start`: the first one's number
     denoise: Any  # x_t (B, C, H, W), t (B,) or (), told -> (x0, eps); None of an autoencoder
     schedule: Any  # t -> (alpha, sigma); None of an autoencoder
     shape: tuple[int, ...]  # (C, H, W) of what the network sees
     restores: bool = False  # what is drawn of samples is their images anew
+    fields: Sequence[str] = ()  # of samples, that say what it is told
+    num_classes: int | None = None  # where it is told a class
 
 
 def rows(samples: Samples, which: Any) -> dict[str, Any]:

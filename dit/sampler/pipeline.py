@@ -55,6 +55,7 @@ class Pipeline:
         batch_size: int = 256,
         noise: Tensor | None = None,
         avoid: Mapping[str, Any] | None = None,
+        start: int = 0,
     ) -> Tensor:
         """Draw pictures.
 
@@ -65,11 +66,12 @@ class Pipeline:
             batch_size: how many at a time; where the sampler draws fresh noise (eta > 0), the pictures depend on it.
             noise: to begin with, (N, C, H, W), standard normal; None: that of the seed.
             avoid: fields like those of asked, of one entry: what guidance leads away from; None: from nothing told.
+            start: the number of the first, of those of the seed.
 
         Returns:
             (N, C, H, W) uint8, on the CPU.
         """
-        drawn = self.latents(asked, num_images, seed=seed, batch_size=batch_size, noise=noise, avoid=avoid)
+        drawn = self.latents(asked, num_images, seed=seed, batch_size=batch_size, noise=noise, avoid=avoid, start=start)
         return torch.cat([to_uint8(self.latent.decode(z)) for z in drawn]).cpu()
 
     @torch.no_grad()
@@ -82,6 +84,7 @@ class Pipeline:
         batch_size: int = 256,
         noise: Tensor | None = None,
         avoid: Mapping[str, Any] | None = None,
+        start: int = 0,
     ) -> Iterator[Tensor]:
         """What the pictures are decoded from, a batch at a time; the arguments are those of a call."""
         device = self.device
@@ -92,18 +95,19 @@ class Pipeline:
             null = partial(_instead, null, other)
         guided = self.guidance(self.denoiser, null)
         for first in range(0, num_images, batch_size):
-            lanes = range(first, min(first + batch_size, num_images))
+            rows = slice(first, min(first + batch_size, num_images))
+            lanes = range(start + rows.start, start + rows.stop)
             draw = Draw(seed, 0, lanes, len(lanes), device)
-            part = {name: _rows(value, slice(first, first + len(lanes))) for name, value in asked.items()}
+            part = {name: _rows(value, rows) for name, value in asked.items()}
             cond = self.condition(part, draw, self.latent.encode)
-            x = draw.normal("x", self.latent.shape) if noise is None else noise[first : first + len(lanes)]
+            x = draw.normal("x", self.latent.shape) if noise is None else noise[rows]
             x = schedule(self.times[0]).sigma * x
             yield self.sampler(
                 lambda x_t, t, s=None, cond=cond: guided(x_t, t, s, **cond),
                 schedule,
                 x,
                 self.times,
-                generator=draw.generator("z", lane=first),
+                generator=draw.generator("z", lane=lanes.start),
             )
 
     def noise(self, seed: int, num_images: int) -> Tensor:

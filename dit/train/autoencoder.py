@@ -88,7 +88,7 @@ class AutoencoderParts:
         """What metrics judge: samples are drawn by reconstructing their images."""
 
         @torch.no_grad()
-        def draw(samples: Samples) -> Tensor:
+        def draw(samples: Samples, start: int = 0) -> Tensor:
             device = next(denoiser.parameters()).device
             with within():
                 parts = [_scaled(images, device) for images in samples["image"].split(batch_size)]

@@ -176,19 +176,19 @@ class Parts:
     ) -> Subject:
         """What metrics judge: a denoiser as it is sampled, each call within a context; num_steps as in `pipeline`."""
 
-        def asked(samples: Samples) -> tuple[Mapping[str, Any], Draw]:
+        def asked(samples: Samples, start: int = 0) -> tuple[Mapping[str, Any], Draw]:
             number = len(next(iter(samples.values())))
-            keyed = Draw(seed, 0, range(number), number, next(denoiser.parameters()).device)
+            keyed = Draw(seed, 0, range(start, start + number), number, next(denoiser.parameters()).device)
             return self.condition.asked(samples, keyed), keyed
 
         def told(samples: Samples) -> dict[str, Tensor]:
             return self.condition(*asked(samples), latent.encode)
 
-        def draw(samples: Samples) -> Tensor:
+        def draw(samples: Samples, start: int = 0) -> Tensor:
             with within():
-                fields, keyed = asked(samples)
+                fields, keyed = asked(samples, start)
                 return self.pipeline(denoiser, latent, num_steps)(
-                    fields, len(keyed.lanes), seed=seed, batch_size=batch_size
+                    fields, len(keyed.lanes), seed=seed, batch_size=batch_size, start=start
                 )
 
         def denoise(x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Estimate:
@@ -197,7 +197,10 @@ class Parts:
                 estimate = denoiser(x_t.to(device), t.to(device), **cond)
             return type(estimate)(*(None if field is None else field.to(x_t.device) for field in estimate))
 
-        return Subject(told, draw, denoise, self.schedule, latent.shape, self.restores)
+        num_classes = self.condition.sizes.get("num_classes")
+        return Subject(
+            told, draw, denoise, self.schedule, latent.shape, self.restores, self.condition.fields, num_classes
+        )
 
     def export(self, denoiser: Denoiser, data: Any, folder: Path) -> None:
         """Write to a run's folder, at its end, what others need of it; nothing."""

@@ -76,7 +76,7 @@ class Recorder(Callback):
         """Drop the lines after a step, which will be written again."""
         if self.world.is_first:
             kept = rewound(self.path, step)
-            self.last = kept[-1] if kept else {}
+            self.last = next((line for line in reversed(kept) if "loss" in line), {})
 
     @property
     def images_per_second(self) -> float:
@@ -214,6 +214,37 @@ class Preview(Callback):
             return None
         finally:
             hook.remove()
+
+
+class Figures(Callback):
+    """Judges few samples now and then, with the averaged weights; a line of the figures in metrics.jsonl.
+
+    All its randomness is keyed, so that training goes on as it would without.
+
+    Args:
+        judged: () -> the figures, by all processes.
+        every_steps: how often; None: never. The last step is judged when the run ends.
+        recorder: whose clock stops meanwhile, and beside whose lines the figures stand.
+    """
+
+    def __init__(self, judged: Callable[[], Mapping[str, float]], every_steps: int | None, recorder: Recorder):
+        self.judged = judged
+        self.every_steps = every_steps
+        self.recorder = recorder
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: DiffusionModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Judge where it is due."""
+        step, recorder = pl_module.step, self.recorder
+        if not self.every_steps or step % self.every_steps or step == recorder.max_steps or trainer.should_stop:
+            return
+        with recorder.clock.of("evaluation"):
+            figures = self.judged()
+        if recorder.world.is_first:
+            with recorder.forgiven():
+                append(recorder.path, {"step": step, **figures})
+            print(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
 
 
 class _Stopped(Exception):

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import torch
 from omegaconf import DictConfig
 
-from dit.metric.subject import check_given
 from dit.objective.derivative import check_forward, is_forward
 from dit.objective.objective import Objective
-from dit.train.build import PIXELS, build, parts_of
+from dit.train.build import build, parts_of
 from dit.train.devices import strategy_of
 from dit.train.drawn import check_drawn
+from dit.train.judging import check_metrics
 from dit.train.layout import Layout, divided
 from dit.train.strategy import Strategy, trained
 
@@ -69,7 +69,7 @@ def checked(cfg: DictConfig, layout: Layout) -> Checked:
     strategy.arrange(denoiser.network, options)
     build(cfg.learning_rate)(0)
     if cfg.metric:
-        check_given(build(cfg.metric), cfg.data.get("fields", ["label"]), cfg.latent._target_ == PIXELS)
+        check_metrics(cfg.metric, cfg.data.get("fields", ["label"]), cfg.latent)
         if data.held_out is None:
             raise ValueError("data.held_out=null, but the metric needs held-out images: give a folder, or metric=none")
     return Checked(data, parts, objective, denoiser, strategy, num_micro_batches)

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from dit.data.unheard import unheard
-from dit.metric.subject import Samples, Subject, check
+from dit.metric.subject import Samples, Subject
 from dit.train import checkpoint, goodput
 from dit.train.attempts import Attempts
 from dit.train.build import build
@@ -27,6 +27,7 @@ from dit.train.devices import layout_of, settled
 from dit.train.encoding import check_encoded, identity
 from dit.train.environment import gathered
 from dit.train.files import replace, rewound
+from dit.train.judging import Judging
 from dit.train.pairs import check_pairs
 from dit.train.published import beginning, unlike
 from dit.train.same import differences, taught_by
@@ -103,13 +104,29 @@ class Run:
                 check_pairs(self.data.about, self.parts.condition.sizes, self.cfg.objective.scale, self.cfg.data.path)
             if (text := self.data.about.get("text", {}).get("name")) != self.cfg.condition.get("name", text):
                 print(f"dit: WARNING: captions were read by {text}, but prompts will be by {self.cfg.condition.name}")
-        if self.cfg.metric:
-            check(build(self.cfg.metric), self.parts.subject(denoiser, self.latent, seed=self.cfg.seed, batch_size=1))
+        self.judging = self._judging()
+        if self.judging:
+            self.judging.check(self.parts.subject(denoiser, self.latent, seed=self.cfg.seed, batch_size=1))
         begins = not checkpoint.committed(self.folder / "checkpoints")
         self.init = self._initial() if "_target_" in self.cfg.init and begins else None
         self.resolved = OmegaConf.to_container(self.cfg, resolve=True)
         self.resume_from = self.world.once(self._claim)
         self.step = checkpoint.step_of(self.resume_from) if self.resume_from else 0
+
+    def _judging(self) -> Judging | None:
+        """The metrics, whose extractors are had before anything is trained."""
+        if not self.cfg.metric:
+            return None
+        return Judging(
+            self.cfg.metric,
+            self.data,
+            world=self.world,
+            device=self.device,
+            cache=Path(self.cfg.runs_dir) / "references",
+            reference=self.cfg.evaluation.reference,
+            rank=self.strategy.data_rank,
+            size=self.strategy.data_size,
+        )
 
     def _initial(self) -> dict[str, Tensor]:
         """The weights to begin with, as the network needs them, and its adapter."""
@@ -271,7 +288,7 @@ class Run:
         from lightning.pytorch import Trainer
         from lightning.pytorch.callbacks import LambdaCallback
 
-        from dit.train.callbacks import Checkpoints, Preview, Recorder, Skips
+        from dit.train.callbacks import Checkpoints, Figures, Preview, Recorder, Skips
         from dit.train.ledger import Ledger
         from dit.train.module import DiffusionModule
         from dit.train.preemption import Preemption, end_of_job
@@ -327,6 +344,8 @@ class Run:
             recorder,
             preemption,
         )
+        few, every = cfg.evaluation.few_images, cfg.evaluation.every_steps
+        figures = Figures(lambda: self._figures(module, trainer, few), every if self.judging else None, recorder)
         checkpoints = Checkpoints(
             self.folder / "checkpoints",
             self.resume_from,
@@ -357,6 +376,7 @@ class Run:
                 recorder,
                 checkpoints,  # before the preview, which may take long
                 preview,
+                figures,
                 LambdaCallback(on_train_end=lambda *_: self._finish(module, trainer, recorder, preemption)),
             ],
         )
@@ -449,17 +469,20 @@ class Run:
         if self.tracker:
             self.tracker.finish()
 
+    def _figures(self, module: "DiffusionModule", trainer: "Trainer", num_images: int) -> dict[str, float]:
+        """Those of the metrics, of so many samples."""
+        assert self.judging
+        return self.judging(self._subject(module, trainer), num_images, self.cfg.evaluation.batch_size)
+
     def _judged(self, module: "DiffusionModule", trainer: "Trainer") -> dict[str, Any]:
         """What others need of it exported, and the figures of the metric."""
         with self._as_sampled(module, trainer):
             if self.world.is_first:
                 self.parts.export(module.denoiser, self.data, self.folder)
-        if not self.cfg.metric:
+        if not self.judging:
             return {}
         self.world.say(f"dit: judging {self.cfg.evaluation.num_images} samples")
-        train, held_out = self.data.read("train"), self.data.read("held_out")
-        subject, number = self._subject(module, trainer), self.cfg.evaluation.num_images
-        figures: dict[str, Any] = build(self.cfg.metric)(subject, train, held_out, num_images=number)
+        figures: dict[str, Any] = dict(self._figures(module, trainer, self.cfg.evaluation.num_images))
         num_steps = self._num_steps(module)
         return figures if num_steps is None else {**figures, "num_steps": num_steps}
 

@@ -17,6 +17,7 @@ FREE = {
     "guard",
     "metric",
     "evaluation",
+    "extractor",
     "logger",
 }
 FREE |= {

@@ -38,6 +38,8 @@ def config(folder: Path) -> DictConfig:
             _check_targets(OmegaConf.to_container(cfg))
         for group in NEEDED:
             cfg[group]
+        if "_target_" in (cfg.metric or {}):  # of a run from before there could be several
+            cfg.metric = {cfg.metric._target_.split(".")[2]: cfg.metric}
         return cfg
     except Exception as error:  # YAML and OmegaConf raise many kinds
         raise ValueError(f"{path} is damaged, restore it: {' '.join(str(error).split())[:200]}") from error

@@ -170,17 +170,21 @@ class World:
         dist.all_gather_object(values, value, group=self._patient)
         return values
 
-    def mean(self, value: Tensor) -> Tensor:
-        """The mean of a tensor over all processes."""
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over all processes."""
         if self.size == 1:
             return value
         total = value.clone()
         dist.all_reduce(total)
-        return total / self.size
+        return total
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a tensor over all processes."""
+        return value if self.size == 1 else self.sum(value) / self.size
 
     def total(self, value: int) -> int:
         """The sum of the processes' values."""
-        return round(self.mean(torch.tensor(float(value), dtype=torch.float64)).item() * self.size)
+        return round(self.sum(torch.tensor(float(value), dtype=torch.float64)).item())
 
 
 def _environment() -> dict[str, str]:

@@ -1,0 +1,88 @@
+"""Files of reference statistics and of samples, in the form of ADM's evaluation (`.npz`)."""
+
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from dit.metric.moments import Moments
+
+LAYERS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+SAMPLES = "arr_0"
+UNKNOWN_NUMBER = 2**31  # of the images of published statistics, which do not say it; it cancels
+
+
+class Statistics(NamedTuple):
+    """What a file holds."""
+
+    moments: dict[str, Moments]  # by layer
+    images: np.ndarray | None  # uint8 (N, H, W, C)
+    about: dict[str, Any]  # what was noted beside it; nothing of foreign ones
+
+
+def write(path: Path, moments: Mapping[str, Moments], images: np.ndarray | None, about: Mapping[str, Any]) -> None:
+    """Statistics `mu` (D,), `sigma` (D, D), float64, and `mu_s`, `sigma_s` of the spatial ones; images as `arr_0`.
+
+    What they were made of is noted in `<path>.json`, as the form has no place for it.
+
+    Args:
+        path: of the `.npz`, uncompressed.
+        moments: by layer, `pool` and `spatial`.
+        images: uint8 (N, H, W, C), or None.
+        about: what JSON can say.
+    """
+    arrays: dict[str, Any] = {}
+    for layer, found in moments.items():
+        mean, covariance = LAYERS[layer]
+        arrays |= {mean: found.mean.cpu().numpy(), covariance: found.covariance.cpu().numpy()}
+    if images is not None:
+        arrays[SAMPLES] = images
+    partial = path.with_name(f"{path.name}.tmp")
+    with partial.open("wb") as file:
+        np.savez(file, **arrays)
+    partial.rename(path)
+    _noted(path).write_text(json.dumps(dict(about), indent=1) + "\n")
+
+
+def read(path: Path) -> Statistics:
+    """Statistics and images of such a file.
+
+    Raises:
+        ValueError: if it is missing, damaged, or neither.
+    """
+    if not path.is_file():
+        raise ValueError(f"reference={path}: there is no such file; make it by dit evaluate reference={path} data=...")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in (*sum(LAYERS.values(), ()), SAMPLES) if name in file.files}
+        about = json.loads(_noted(path).read_bytes()) if _noted(path).exists() else {}
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise ValueError(f"reference={path} is no .npz that can be read, get it anew ({reason})") from error
+    moments = {}
+    for layer, (mean, covariance) in LAYERS.items():
+        if {mean, covariance} <= arrays.keys():
+            mu, sigma = arrays[mean], arrays[covariance]
+            if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not np.isfinite(sigma).all():
+                raise ValueError(
+                    f"reference={path}: {mean} {mu.shape} and {covariance} {sigma.shape} are no statistics"
+                )
+            number = int(about.get("number", UNKNOWN_NUMBER))
+            scatter = torch.from_numpy(sigma.astype(np.float64)) * (number - 1)
+            moments[layer] = Moments(number, torch.from_numpy(mu.astype(np.float64)), scatter)
+    images = arrays.get(SAMPLES)
+    if images is not None and (images.dtype != np.uint8 or images.ndim != 4):
+        raise ValueError(f"reference={path}: arr_0 is {images.dtype} {images.shape}, expected uint8 (N, H, W, C)")
+    if not moments and images is None:
+        raise ValueError(
+            f"reference={path} has neither mu and sigma nor arr_0: give statistics or samples of ADM's form"
+        )
+    return Statistics(moments, images, about)
+
+
+def _noted(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")

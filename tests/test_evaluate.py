@@ -1,0 +1,220 @@
+"""`dit evaluate`, and figures while training."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from test_conf import dit
+
+from dit.command import evaluate
+from dit.command.compose import ConfigError, compose
+from dit.train import checkpoint
+from dit.train.run import Run
+
+TINY = [
+    *("experiment=digits", "metric=none", "logger=none", "model.hidden_size=16", "model.depth=1", "model.num_heads=2"),
+    *("trainer.max_steps=3", "data.num_workers=0", "sampler.num_steps=3", "learning_rate.warmup_steps=0"),
+]
+
+
+@pytest.fixture(scope="module")
+def where(tmp_path_factory, digits_dir):
+    """A folder with two tiny runs, and the words that name it."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    for run, more in {"one": [], "other": ["seed=1", "sampler.num_steps=4"]}.items():
+        words = [*TINY, f"run={run}", f"runs_dir={folder}/runs", f"data_dir={digits_dir}", *more]
+        assert Run(compose("train", words)).fit() is None
+    return folder
+
+
+def judged(where, *words, run="one"):
+    """The last line that `dit evaluate` writes, in this process."""
+    asked = [f"run={run}", f"runs_dir={where}/runs", "accelerator=cpu", *words]
+    evaluate.prepare(asked)
+    cfg = compose("evaluate", asked)
+    evaluate.check(cfg)
+    assert evaluate.main(cfg) == 0
+    return lines(where / "runs" / run / "evaluation.jsonl")[-1]
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_statistics_do_not_depend_on_the_processes(tmp_path, digits_dir):
+    found = {}
+    for number in (1, 2, 4):
+        path = tmp_path / f"{number}.npz"
+        words = (f"reference={path}", "data=digits", "extractor=small", f"processes={number}", "num_images=300")
+        code, output, _ = dit("evaluate", *words, f"data_dir={digits_dir}", "accelerator=cpu")
+        assert code == 0, output
+        with np.load(path) as file:
+            found[number] = {name: file[name] for name in file.files}
+    assert found[1]["mu"].shape == (64,) and found[1]["sigma_s"].shape == (112, 112)
+    assert found[1]["arr_0"].shape == (300, 8, 8, 1) and found[1]["arr_0"].dtype == np.uint8
+    for number in (2, 4):
+        for name, value in found[1].items():
+            difference = np.abs(found[number][name].astype(float) - value.astype(float)).max()
+            assert difference <= 1e-10 * np.abs(value.astype(float)).max(), name
+    about = json.loads((tmp_path / "1.npz.json").read_text())
+    assert about["number"] == 1257 and about["extractor"]["name"] == "small-64-0" and about["image_size"] == 8
+    code, output, _ = dit("evaluate", f"reference={tmp_path}/1.npz", "data=digits", "extractor=small")
+    assert code == 2 and "exists: take another name, or overwrite=true" in output
+
+
+def test_samples_and_figures_do_not_depend_on_the_processes(where):
+    figures, samples = {}, {}
+    for number in (1, 2):
+        npz, out = where / f"samples-{number}.npz", where / f"{number}.jsonl"
+        words = ("metric=[fid,kid]", "metric.kid.figure.subset_size=100", "num_samples=250", "batch_size=50")
+        words += ("sampler=ddpm", "sampler.num_steps=4", "labels=random")  # which draws fresh noise
+        words += (f"processes={number}", f"samples={npz}", f"out={out}", "accelerator=cpu")
+        code, output, _ = dit("evaluate", "run=one", f"runs_dir={where}/runs", *words)
+        assert code == 0, output
+        [record] = lines(out)
+        figures[number], samples[number] = record["figures"], np.load(npz)["arr_0"]
+    assert samples[1].shape == (250, 8, 8, 1) and np.array_equal(samples[1], samples[2])
+    assert figures[1] == pytest.approx(figures[2], rel=1e-9) and figures[1]["fid"] > 0
+    assert set(figures[1]) == {"fid", "kid", "kid_std"}
+
+
+def test_what_was_drawn_is_not_drawn_again(where, monkeypatch):
+    drawn = []
+    before = evaluate._kept
+
+    def counted(folder, number, draw):
+        return before(folder, number, lambda: drawn.append(number) or draw())
+
+    monkeypatch.setattr(evaluate, "_kept", counted)
+    words = ("num_samples=120", "batch_size=50", "keep_samples=true", "seed=7")
+    first = judged(where, "metric=fid", *words)
+    assert drawn == [0, 1, 2]
+    [folder] = (where / "runs" / "one" / "evaluation").iterdir()
+    (folder / "000001.npy").rename(folder / "000001.tmp")  # as if it was ended while that was written
+    del drawn[:]
+    again = judged(where, "metric=[fid,prec_recall]", *words)
+    assert drawn == [1] and again["figures"]["fid"] == first["figures"]["fid"]
+    del drawn[:]
+    assert judged(where, "metric=fid", *words) == again  # said again, as the last line stays
+    assert not drawn
+    more = judged(where, "metric=fid", *words[1:], "num_samples=200")
+    assert drawn == [3] and more["figures"]["fid"] != first["figures"]["fid"]
+    shutil.rmtree(folder)
+
+
+def test_all_that_moves_a_figure_is_noted(where):
+    settings = judged(where, "metric=fid", "num_samples=40")["settings"]
+    assert settings["extractors"]["fid"]["name"] == "small-64-0" and len(settings["extractors"]["fid"]["sha256"]) == 64
+    assert settings["sampler"]["num_steps"] == 3 and settings["guidance"]["scale"] == 1 and settings["step"] == 3
+    keys = {"reference", "image_size", "num_samples", "labels", "precision", "seed", "batch_size", "weights", "grid"}
+    assert keys <= settings.keys()
+
+
+@pytest.mark.parametrize("name", evaluate.ALIKE)
+def test_unlike_figures_are_not_compared(name):
+    settings = dict.fromkeys(evaluate.ALIKE, 1) | {"run": "one"}
+    evaluate.check_alike([{"settings": settings}, {"settings": {**settings, "run": "other", "seed": 3}}])
+    with pytest.raises(ValueError, match=rf"not judged alike.*{name} is 1 and 2"):
+        evaluate.check_alike([{"settings": settings}, {"settings": {**settings, name: 2}}])
+
+
+def test_runs_side_by_side_over_guidance_and_steps(where):
+    words = ("metric=[fid,prec_recall]", "against=other", "scales=[1,2]", "steps=[2,4]", "num_samples=60")
+    out = where / "grid.jsonl"
+    code, output, _ = dit("evaluate", "run=one", f"runs_dir={where}/runs", *words, f"out={out}", "accelerator=cpu")
+    assert code == 0, output
+    table = [line for line in output.splitlines() if line.startswith("| o")]
+    assert len(table) == 8 and sum(line.startswith("| other ") for line in table) == 4
+    assert len({line for line in table}) == 8 and "fid" in output
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    scales = {(r["settings"]["run"], r["settings"]["guidance"]["scale"]) for r in lines(out)}
+    assert scales == {(run, scale) for run in ("one", "other") for scale in (1, 2)}
+
+
+def test_mistakes_are_told_before_anything_is_drawn(where, tmp_path):
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "large.npz", arr_0=rng.integers(0, 256, (30, 16, 16, 3), dtype=np.uint8))
+    np.savez(tmp_path / "bare.npz", mu=np.zeros(64), sigma=np.eye(64))
+    np.savez(
+        tmp_path / "wide.npz",
+        mu=np.zeros(2048),
+        sigma=np.eye(2048),
+        arr_0=rng.integers(0, 256, (30, 8, 8, 3), dtype=np.uint8),
+    )
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "bare.npz").read_bytes()[:900])
+    before = (where / "runs" / "one" / "evaluation.jsonl").read_bytes()
+    for words, message in {
+        ("metric=fid", f"reference={tmp_path}/none.npz"): "there is no such file",
+        ("metric=fid", f"reference={tmp_path}/cut.npz"): "is no .npz that can be read",
+        ("metric=fid", f"reference={tmp_path}/large.npz"): "of images of 16 pixels, but the run draws 8",
+        ("metric=fid", f"reference={tmp_path}/wide.npz"): "statistics of 2048 features, but the extractor small",
+        ("metric=kid", f"reference={tmp_path}/bare.npz"): "has statistics alone, but kid reads images",
+        ("metric=fid", "extractor=inception", "extractor.path=/nowhere"): r"extractor\.path=/nowhere: there is no",
+        ("metric=fid", "num_samples=5"): "num_samples=5 must be at least 20",
+        ("metric=[fid,kod]",): "no such option; did you mean kid",
+        ("metric=fid", "scales=[1,-2]"): "scales=-2.* must be at least 0",
+        ("metric=fid", "against=nobody"): "run=nobody: no such run",
+        ("metric=fid", "labels=mixed"): "labels=mixed: choose one of in_turn, random",
+        ("metric=fid", "samples=x.png"): "give a name that ends so",
+        ("metric=classifier", "samples=x.npz"): "choose one of them, too",
+        (): "has no metric of its own: choose one, like metric=fid",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            judged(where, *words)
+    assert (where / "runs" / "one" / "evaluation.jsonl").read_bytes() == before
+
+
+def test_a_reference_of_statistics_gives_the_figure_of_the_images(where, tmp_path, digits_dir):
+    path = tmp_path / "digits.npz"
+    cfg = compose("reference", [f"reference={path}", "data=digits", "extractor=small", f"data_dir={digits_dir}"])
+    evaluate.check(cfg)
+    assert evaluate.main(cfg) == 0
+    words = ("metric=[fid,sfid,prec_recall]", "num_samples=100")
+    ours, theirs = judged(where, *words), judged(where, *words, f"reference={path}")
+    assert theirs["figures"] == pytest.approx(ours["figures"], rel=1e-9)
+    with pytest.raises(ValueError, match="not judged alike"):
+        evaluate.check_alike([ours, theirs])
+
+
+def weights(run):
+    return checkpoint.load_weights(checkpoint.newest(run.folder / "checkpoints"), "ema")
+
+
+def test_figures_while_training_leave_training_as_it_is(config):
+    plain = config("run=plain", "trainer.max_steps=8")
+    judging = ["metric=[fid,kid]", "metric.kid.figure.subset_size=50", "evaluation.few_images=60"]
+    judging += ["evaluation.every_steps=3", "evaluation.num_images=80", "evaluation.batch_size=20"]
+    also = config("run=also", "trainer.max_steps=8", *judging)
+    runs = [Run(cfg) for cfg in (plain, also)]
+    for run in runs:
+        assert run.fit() is None
+    one, other = map(weights, runs)
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    said = [line for line in lines(runs[1].folder / "metrics.jsonl") if "fid" in line]
+    assert [line["step"] for line in said] == [3, 6] and all(line["fid"] > 0 and "kid" in line for line in said)
+    assert said[0]["fid"] != said[1]["fid"]
+    summary = json.loads((runs[1].folder / "summary.json").read_text())
+    assert summary["fid"] > 0 and summary["loss"] is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp", "zero2", "zero3"])
+def test_figures_while_training_do_not_depend_on_the_processes(tmp_path, tiny, trainer):
+    """Under any strategy, with averaged weights."""
+    judging = ["metric=[fid,kid]", "metric.kid.figure.subset_size=50", "evaluation.few_images=70"]
+    judging += ["evaluation.every_steps=3", "evaluation.num_images=90", "evaluation.batch_size=20"]
+    found = {}
+    for name, more in {
+        "one": [],
+        "two": [f"trainer={trainer}", "trainer.devices=2", "trainer.accelerator=cpu"],
+    }.items():
+        words = tiny(f"run={name}", "trainer.max_steps=6", "trainer.precision=32-true", *judging, *more)
+        code, output, _ = dit("train", *words)
+        assert code == 0, output
+        folder = tmp_path / "runs" / name
+        [line] = [line for line in lines(folder / "metrics.jsonl") if "fid" in line]
+        found[name] = [line, json.loads((folder / "summary.json").read_text())]
+    for one, two in zip(*found.values(), strict=True):
+        assert two["fid"] == pytest.approx(one["fid"], rel=1e-4) and two["kid"] == pytest.approx(one["kid"], abs=1e-4)
