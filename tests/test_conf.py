@@ -44,6 +44,7 @@ BASES = {"model=dit", "model=unet", "model=jit", "model=lightning_dit", "trainer
 @pytest.mark.parametrize("choice", sorted(GROUPS - BASES))
 def test_every_option_of_every_group_composes(choice):
     more = {f"data={name}": ["data.path=x"] for name in ("shards", "latents", "pairs", "webdataset")}
+    more["extractor=timm"] = ["extractor.model=x"]
     more["guidance=autoguidance"] = ["guidance.weak.run=x"]
     more["learning_rate=stages"] = more["ema=before"] = ["objective=progressive", "objective.teacher.run=x"]
     if choice.startswith("init=") and choice != "init=none":

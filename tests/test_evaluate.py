@@ -204,7 +204,7 @@ def test_figures_while_training_leave_training_as_it_is(config):
 def test_figures_while_training_do_not_depend_on_the_processes(tmp_path, tiny, trainer):
     """Under any strategy, with averaged weights."""
     judging = ["metric=[fid,kid]", "metric.kid.figure.subset_size=50", "evaluation.few_images=70"]
-    judging += ["evaluation.every_steps=3", "evaluation.num_images=90", "evaluation.batch_size=20"]
+    judging += ["evaluation.every_steps=3", "evaluation.num_images=110", "evaluation.batch_size=20"]
     found = {}
     for name, more in {
         "one": [],

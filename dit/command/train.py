@@ -31,6 +31,8 @@ LEAST: dict[str, float] = {
     "adapter.rank": 1,
     "optimizer.weight_decay": 0.0,
     "evaluation.num_images": 100,
+    "evaluation.few_images": 20,
+    "evaluation.every_steps": 1,
     "evaluation.batch_size": 1,
     "ema.snapshot_every_steps": 1,
     "seed": 0,
