@@ -251,11 +251,12 @@ def test_a_tracker_that_breaks_says_so(folder, fake, capfd):
 
 def test_it_does_not_outlive_a_run_that_was_killed(folder, fake):
     told = fake("works")
-    write(folder, [1])
     code = f"""
 import os, pathlib
 from dit.train.tracker import WandB
-WandB("dit", "offline").start(pathlib.Path({str(folder)!r}), {{}}, 0)
+folder = pathlib.Path({str(folder)!r})
+WandB("dit", "offline").start(folder, {{}}, 0)
+(folder / "metrics.jsonl").write_text('{{"step": 1, "loss": 1}}\\n')
 os._exit(9)
 """
     root = Path(tracker.__file__).parents[2]

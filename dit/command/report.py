@@ -24,7 +24,7 @@ VERBATIM = ("run", "out")
 SUFFIXES = (".html", ".png")
 FIRST = {  # the panels that come first, and what their axes say
     "loss": "loss",
-    "grad_norm": "gradient norm, before clipping",
+    "grad_norm": "gradient norm",
     "lr": "learning rate",
     "images_per_second": "images / s",
     "skipped": "steps left out so far",
@@ -34,7 +34,8 @@ LINEAR = ("lr", "images_per_second", "skipped", "replaced")
 SPREAD = 10.0  # of the values, from which on an axis is logarithmic
 WIDTH, PANEL_HEIGHT, PANELS_A_ROW = 12.0, 2.7, 2  # inches
 DASHES = ("-", "--", ":", "-.")  # when the colours are used up
-MOST_DIFFERENCES = 40
+MOST_DIFFERENCES = 60
+UNSAID = ("run", "runs_dir", "data_dir", "_partial_")  # keys that say where things are, or nothing
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
@@ -128,9 +129,9 @@ def _told(folder: Path, most: int) -> Told:
 def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """A nested mapping by dotted keys."""
     for key, value in node.items() if isinstance(node, dict) else ():
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
-        else:
+        elif key not in UNSAID:
             yield f"{prefix}{key}", value
 
 
@@ -178,10 +179,15 @@ def _curve(panel: Any, runs: Sequence[Told], name: str, x: str) -> None:
     from matplotlib.ticker import EngFormatter
 
     colours, values = colormaps["tab10"].colors, []  # type: ignore[attr-defined]
+    drawn: list[Any] = []
     for number, run in enumerate(runs):
         points = [(line[x], line[name]) for line in run.lines if x in line and _is_number(line.get(name))]
         values += [value for _, value in points]
-        style = {"color": colours[number % len(colours)], "ls": DASHES[number // len(colours) % len(DASHES)]}
+        dashes: Any = DASHES[number // len(colours) % len(DASHES)]
+        if again := drawn.count(points):  # so that one is seen through the other, as of the same learning rates
+            dashes = (0, (4, 4 * again))
+        drawn.append(points)
+        style = {"color": colours[number % len(colours)], "ls": dashes}
         marker = {"marker": "."} if len(points) < 20 else {}
         panel.plot(*zip(*points, strict=True) if points else ([], []), lw=1.1, label=run.name, **style, **marker)
     low, high = min(values, default=0), max(values, default=0)
@@ -217,8 +223,8 @@ def _page(runs: Sequence[Told], x: str) -> str:
     parts = [f"<h1>{html.escape(textwrap.shorten(title, 200))}</h1>", _image(buffer.getvalue(), "curves")]
     figures = {key: [run.summary.get(key) for run in runs] for run in runs for key in run.summary}
     parts += _table("Final figures", figures, runs)
-    keys = dict.fromkeys(key for run in runs for key in run.config if key != "run")
-    settings = {key: [run.config.get(key, "") for run in runs] for key in keys}
+    keys = dict.fromkeys(key for run in runs for key in run.config)
+    settings = {key: [run.config.get(key) for run in runs] for key in keys}
     different = {key: values for key, values in settings.items() if any(value != values[0] for value in values)}
     heading = "What their configurations have otherwise"
     parts += _table(heading, dict(itertools.islice(different.items(), MOST_DIFFERENCES)), runs)
@@ -253,4 +259,4 @@ def _table(heading: str, rows: Mapping[str, Sequence[Any]], runs: Sequence[Told]
 
 def _said(value: Any) -> str:
     """A value in a table; a dash where there is none."""
-    return "-" if value is None or value == "" else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
