@@ -1,8 +1,10 @@
 """What Weights & Biases has of real runs: configuration, axis, media, lineage, alerts; one run, however often begun."""
 
+import itertools
 import json
 import os
 import signal
+import time
 
 import pytest
 from omegaconf import OmegaConf
@@ -11,7 +13,7 @@ from wandb_server import serving
 
 from dit.command import export, sync
 from dit.command.compose import compose
-from dit.train import callbacks, lineage
+from dit.train import callbacks, lineage, tracker
 from dit.train.run import Run
 
 STEPS, STOPS = 12, (4, 8)
@@ -131,7 +133,7 @@ def test_alerts_tell_of_requeue_and_end(folder):
     goes_on, stopped, done = ("teacher: goes on", "teacher: stopped", "teacher: done")
     assert titles == [[stopped], [goes_on, stopped], [goes_on, done]]
     text = parts(folder, "teacher")[2].alerts[0][1]
-    assert text == "from step 8: start 3, requeued 2 times; the one before: exit code 75"
+    assert text == "from step 8: start 3, requeue 2; the one before: exit code 75"
 
 
 @pytest.mark.slow
@@ -150,10 +152,32 @@ def test_sync_makes_one_run_of_offline_parts_and_shows_the_lineage(folder, monke
     with serving() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         assert synced(folder, "student") == 0
-        assert weights in server.used and [name for _, name, _ in server.used] == ["digits-train", "weights-teacher"]
-        made = [name for kind, name, _ in server.made if kind == "model"]
-        assert made == ["weights-teacher", "weights-student", "export-few"]
-        assert server.summary["frechet"] == 2.5 and any("distances" in line for line in server.history)
+        assert weights in server.used
+        assert sorted(name for _, name, _ in server.used) == ["digits-train", "weights-teacher"]
+        made = sorted(name for kind, name, _ in server.made if kind == "model")
+        assert made == ["export-few", "weights-student", "weights-teacher"]
+        assert server.summary["frechet"] == 2.5 and any("distances_table" in line for line in server.history)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["closed port", "black hole"])
+def test_a_server_that_is_not_there_costs_a_step_less_than_a_second(tmp_path, digits_dir, monkeypatch, fault, capfd):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(tracker, "FINISH_SECONDS", 1.0)
+    append, moments = callbacks.append, []
+
+    def noting(path, line):
+        append(path, line)
+        moments.append(time.perf_counter())
+
+    monkeypatch.setattr(callbacks, "append", noting)
+    with serving() as server:
+        server.silent = True
+        monkeypatch.setenv("WANDB_BASE_URL", server.url if fault == "black hole" else "http://127.0.0.1:9")
+        assert Run(recipe(tmp_path, digits_dir, "alone", "trainer.max_steps=300")).fit() is None
+    assert "training is not affected, and `dit sync run=alone" in capfd.readouterr().out
+    assert len(moments) == 300 and max(then - now for now, then in itertools.pairwise(moments)) < 1
 
 
 def test_what_a_student_of_an_export_uses_is_what_its_run_made(tmp_path):

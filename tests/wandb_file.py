@@ -69,4 +69,12 @@ class OfflineRun:
 
 
 def _values(items: Any) -> dict[str, Any]:
-    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+    """What is told, nested as it was."""
+    values: dict[str, Any] = {}
+    for item in items:
+        *path, name = item.nested_key or [item.key]
+        inner = values
+        for key in path:
+            inner = inner.setdefault(key, {})
+        inner[name] = json.loads(item.value_json)
+    return values

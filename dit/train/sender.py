@@ -271,6 +271,7 @@ def main() -> None:
     num_lines = num_pictures = 0
     over = threading.Event()
     in_order = False
+    trouble: str | None = None  # with what is not essential
 
     def alert(what: str, text: str, level: str = "INFO") -> None:
         if order["live"]:
@@ -311,7 +312,10 @@ def main() -> None:
         schedule = order["schedule"] if backlog.after <= 0 else {}
         while True:
             ended = over.wait(LOOK_EVERY_SECONDS)
-            lineage.send(run)
+            try:
+                lineage.send(run)
+            except Exception as error:  # curves do not wait for artifacts
+                trouble = trouble or f"artifacts: {_told(error)}"
             if skipped := skips.alert():
                 alert(*skipped, "WARN")
             rows = list(backlog.rows(ended))
@@ -334,8 +338,13 @@ def main() -> None:
         alert(*farewell(folder, summary, backlog.last_line.get("step", order["after"]), in_order))
         run.finish(exit_code=0 if in_order else 1)
     except BaseException as error:
-        leave(" ".join(f"{error or type(error).__name__}".split())[:200].rstrip("."))
-    leave(None)
+        leave(_told(error))
+    leave(trouble)
+
+
+def _told(error: BaseException) -> str:
+    """What an error says, in a line."""
+    return " ".join(f"{error or type(error).__name__}".split())[:200].rstrip(".")
 
 
 if __name__ == "__main__":

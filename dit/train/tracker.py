@@ -113,7 +113,7 @@ def _goes_on(folder: Path) -> str | None:
     if len(starts) < 2:
         return None
     now, before = starts[-1], attempts.how_ended(starts[-2])
-    requeued = f", requeued {now['restarts']} times" if now.get("restarts") else ""
+    requeued = f", requeue {now['restarts']}" if now.get("restarts") else ""
     return f"from step {now['from_step']}: start {len(starts)}{requeued}; the one before: {before}"
 
 
