@@ -18,6 +18,7 @@ VERBS = {
     "evaluate": "judge a run:                 dit evaluate run=digits metric=likelihood",
     "export": "weights for others:          dit export run=digits path=digits_weights",
     "schedule": "draw a noise schedule:       dit schedule experiment=digits noise=cosine out=schedule.png",
+    "report": "curves and samples of runs:  dit report run=digits,digits_v out=report.html",
     "sync": "send a run to W&B:           dit sync run=digits",
     "doctor": "what a recipe costs:         dit doctor model=dit_xl_2 data.image_size=512; dit doctor run=digits",
 }

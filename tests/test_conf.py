@@ -240,14 +240,14 @@ def test_the_wheel_brings_conf(tmp_path):
 
 def test_text_is_taken_as_it_is():
     from dit.command import sample
-    from dit.command.compose import _quoted
+    from dit.command.compose import quoted
 
     sample.prepare(None)
     for text in ("it's a seven", "a, b", "a=b", 'the "best" one', "{x}", "a seven"):
-        [override] = [_quoted(f"prompt={text}", ("prompt",))]
+        [override] = [quoted(f"prompt={text}", ("prompt",))]
         assert OmegaConf.create({"prompt": compose("sample", [override, "run=x"]).prompt}).prompt == text
-    assert _quoted("prompt=[a one,a two]", ("prompt",)) == "prompt=[a one,a two]"
-    assert _quoted("seed=1", ("prompt",)) == "seed=1"
+    assert quoted("prompt=[a one,a two]", ("prompt",)) == "prompt=[a one,a two]"
+    assert quoted("seed=1", ("prompt",)) == "seed=1"
 
 
 @pytest.mark.parametrize(("path", "of"), [("flow", "edm"), ("flow", "linear"), ("edm", "flow"), ("cosine", "flow")])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from dit.command.compose import compose, jobs
+from dit.command.compose import compose, jobs, quoted
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -33,6 +33,7 @@ def test_the_commands_compose(command, tmp_path, monkeypatch):
     power = compose("train", ["experiment=digits", "ema=power", "run=power"])
     OmegaConf.save(power, tmp_path / "runs" / "power" / "config.yaml", resolve=True)
     monkeypatch.chdir(tmp_path)
+    words = [quoted(word, getattr(module, "VERBATIM", ())) for word in words]
     if hasattr(module, "prepare"):
         module.prepare(words)
     for overrides in jobs([word for word in words if word != "-m"], multirun="-m" in words):

@@ -13,11 +13,11 @@ import pytest
 from omegaconf import OmegaConf
 from wandb_server import serving
 
-from dit.command import sync
+from dit.command import sync, train
 from dit.command.compose import ConfigError, compose
 from dit.data.image import encode_png
 from dit.train import tracker
-from dit.train.sender import Backlog, summary_of
+from dit.train.sender import Backlog, Skips, farewell, summary_of
 from dit.train.tracker import WandB
 
 BLOCKED_SECONDS = 1.0  # at most, by anything but the end
@@ -30,6 +30,7 @@ def Image(path): return path
 class Run:
     starting_step, summary = 0, {}
     def define_metric(self, *_, **__): pass
+    def alert(self, *_): pass
     def log(self, row, step, commit):
         if os.environ["FAKE"] == "breaks": raise ConnectionError("it broke")
         with open(os.environ["FAKE_OUT"], "a") as file: print(step, file=file)
@@ -138,6 +139,87 @@ def test_lines_that_are_cut_or_dropped_do_no_harm(folder):
     assert list(backlog.rows(over=True)) == [(3, {"step": 3, "loss": 7})]
 
 
+def test_figures_that_stand_in_a_line_of_their_own_belong_to_their_step(folder):
+    backlog = Backlog(folder, after=0)
+    write(folder, [1])
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1, "fid": 9.5}\n')
+    assert list(backlog.rows(over=False)) == []
+    write(folder, [2])
+    assert list(backlog.rows(over=False)) == [(1, {"step": 1, "loss": 1, "fid": 9.5})]
+
+
+def test_one_alert_tells_of_all_steps_that_were_left_out(folder):
+    def left_out(step, reason, **more):
+        with (folder / "skipped.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "reason": reason, **more}) + "\n")
+
+    assert Skips(folder, 0).alert() is None
+    left_out(1, "loss")
+    skips = Skips(folder, (folder / "skipped.jsonl").stat().st_size)
+    assert skips.alert() is None  # that was told by the start before
+    left_out(5, "spike")
+    assert skips.alert()[0] == "a spike" and skips.alert() is None
+    left_out(6, "gradient")
+    left_out(7, "loss")
+    kind, text = skips.alert()
+    assert kind == "NaN" and text.startswith("2 steps were left out, the last of them 7 (loss)")
+    left_out(9, "rolled back", to=4)
+    assert skips.alert()[1].startswith("after step 9 the weights are those of step 4 again")
+
+
+def test_the_last_alert_says_how_it_ended(folder):
+    assert farewell(folder, {"step": 8, "fid": 2.0}, 8, True) == ("done", "step 8, fid 2", "INFO")
+    assert farewell(folder, {}, 8, True)[0] == "stopped"
+    assert "killed" in farewell(folder, {}, 8, False)[1]
+    (folder / "attempts").mkdir()
+    for number, ended in enumerate(["OSError: before", "NumericError: all is NaN"]):
+        (folder / "attempts" / f"{number:04d}.json").write_text(json.dumps({"ended": {"code": 5, "error": ended}}))
+    assert farewell(folder, {}, 8, False) == ("failed", "after step 8: NumericError: all is NaN", "ERROR")
+
+
+def test_what_is_written_again_is_not_sent_before(folder, fake):
+    told = fake("works")
+    write(folder, [1, 2, 3, 4])
+    wandb = started(folder, step=2, mode="offline")
+    assert [json.loads(text)["step"] for text in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    write(folder, [3])
+    wandb.finish()
+    assert told.read_text().split() == ["3", "exit", "0"]
+
+
+def test_a_sweep_gives_its_runs_their_identity(folder, fake, monkeypatch):
+    fake("works")
+    monkeypatch.setenv("WANDB_RUN_ID", "trial")
+    started(folder, mode="offline").finish()
+    assert (folder / "wandb-id").read_text() != "trial"  # somebody's own, who trains several runs
+    (folder / "wandb-id").unlink()
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    started(folder, mode="offline").finish()
+    assert (folder / "wandb-id").read_text() == "trial"
+
+
+def test_the_sweep_is_of_commands_that_compose(monkeypatch):
+    from wandb.sdk.launch.sweeps import utils
+
+    path = Path(tracker.__file__).parents[2] / "slurm" / "sweep.yaml"
+    swept = utils.load_sweep_config(str(path))
+    command = utils.create_sweep_command(swept["command"])  # as the agent does, which names the trial only then
+    monkeypatch.setenv("WANDB_RUN_ID", "trial")
+    choices = {
+        name: told.get("values") or [told["value"]] if "min" not in told else [told["min"], told["max"]]
+        for name, told in swept["parameters"].items()
+    }
+    for which in (0, -1):
+        arguments = {name: {"value": values[which]} for name, values in choices.items()}
+        words = utils.create_sweep_command_args({"args": arguments})["args_no_hyphens"]
+        place = command.index("${args_no_hyphens}")
+        assert command[:place] == ["dit", "train"]
+        cfg = compose("train", [*words, *command[place + 1 :]])
+        train.check(cfg)
+        assert cfg.run == "sweep-trial" and cfg.optimizer.lr == choices["optimizer.lr"][which]
+
+
 def test_a_summary_of_a_shorter_run_is_not_sent(folder):
     assert summary_of(folder, {"step": 8}) == {}
     (folder / "summary.json").write_text('{"step": 8, "accuracy": 0.9}')
@@ -169,11 +251,12 @@ def test_a_tracker_that_breaks_says_so(folder, fake, capfd):
 
 def test_it_does_not_outlive_a_run_that_was_killed(folder, fake):
     told = fake("works")
-    write(folder, [1])
     code = f"""
 import os, pathlib
 from dit.train.tracker import WandB
-WandB("dit", "offline").start(pathlib.Path({str(folder)!r}), {{}}, 0)
+folder = pathlib.Path({str(folder)!r})
+WandB("dit", "offline").start(folder, {{}}, 0)
+(folder / "metrics.jsonl").write_text('{{"step": 1, "loss": 1}}\\n')
 os._exit(9)
 """
     root = Path(tracker.__file__).parents[2]
@@ -257,3 +340,22 @@ def test_a_run_that_goes_on_makes_up_for_what_was_missed(folder, key, monkeypatc
         write(folder, [6])
         wandb.finish()
         assert server.received == server.steps == [1, 2, 3, 4, 5, 6] and len(server.names) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rewinds", [True, False])
+def test_a_run_that_goes_on_from_an_older_checkpoint_is_rewound_where_that_can_be(folder, key, monkeypatch, rewinds):
+    with serving() as server:
+        server.rewinds = rewinds
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        wandb = started(folder)
+        write(folder, [1, 2, 3, 4])
+        wandb.finish()
+        wandb = started(folder, step=2)
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 3, "loss": 7}\n{"step": 4, "loss": 8}\n{"step": 5, "loss": 9}\n')
+        wandb.finish()
+        assert server.steps == [1, 2, 3, 4, 5] and len(server.names) == 1
+        assert server.rewound == ([2] if rewinds else [])
+        losses = [line["loss"] for line in server.history if "loss" in line]
+        assert losses == ([1, 1 / 2, 7, 8, 9] if rewinds else [1, 1 / 2, 1 / 3, 1 / 4, 9])

@@ -8,7 +8,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Server(ThreadingHTTPServer):
-    """Keeps one run. Once `silent` it is a black hole: it accepts, reads, and never answers."""
+    """Keeps one run, whose history it can rewind, unless not `rewinds`.
+
+    Once `silent` it is a black hole: it accepts, reads, and never answers.
+    """
 
     daemon_threads = True
     block_on_close = False
@@ -16,6 +19,11 @@ class Server(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.silent = False
+        self.rewinds = True
+        self.rewound: list[int] = []
+        self.made: list[tuple[str, str, str]] = []  # artifacts: type, name, digest
+        self.used: list[tuple[str, str, str]] = []
+        self.alerts: list[str] = []
         self.names: set[str] = set()  # of runs
         self.history: list[dict] = []
         self.received: list[int] = []  # the steps of all lines that ever came
@@ -66,6 +74,27 @@ class Server(ThreadingHTTPServer):
         if "mutation UpsertBucket" in query:
             self.names.add(variables["name"])
             return {"upsertBucket": {"bucket": bucket, "inserted": True}}
+        if "mutation RewindRun" in query and self.rewinds:
+            self.rewound.append(int(variables["metricValue"]))
+            self.history = [line for line in self.history if line["step"] <= variables["metricValue"]]
+            bucket["historyLineCount"] = len(self.history)
+            return {"rewindRun": {"rewoundRun": bucket}}
+        if "query ArtifactType" in query:
+            return {"project": None}
+        if "mutation CreateArtifact " in query:
+            told = variables["input"]
+            collection = (told.get("artifactCollectionNames") or [told.get("artifactCollectionName")])[0]
+            self.made.append((told["artifactTypeName"], collection, told["digest"]))
+            number = f"a{len(self.made) - 1}"
+            latest = {"id": number, "versionIndex": 0}
+            artifact = {"id": number, "state": "COMMITTED", "artifactSequence": {"latestArtifact": latest}}
+            return {"createArtifact": {"artifact": artifact}}
+        if "mutation UseArtifact" in query:
+            self.used.append(self.made[int(variables["input"]["artifactID"].removeprefix("a"))])
+            return {"useArtifact": {"artifact": {"id": variables["input"]["artifactID"]}}}
+        if "mutation NotifyScriptableRunAlert" in query:
+            self.alerts.append(variables["title"])
+            return {"notifyScriptableRunAlert": {"success": True}}
         if "mutation CreateRunFiles" in query:
             files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in variables["files"]]
             return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
@@ -118,7 +147,7 @@ def serving(before: Server | None = None) -> Iterator[Server]:
     with Server() as server:
         if before:
             server.names, server.history, server.summary = before.names, before.history, before.summary
-            server.files = before.files
+            server.files, server.made, server.used = before.files, before.made, before.used
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         try:
             yield server

@@ -71,7 +71,7 @@ def launch(verb: str, command: ModuleType, arguments: Sequence[str]) -> int:
     Returns:
         The exit code.
     """
-    arguments = [_quoted(argument, getattr(command, "VERBATIM", ())) for argument in arguments]
+    arguments = [quoted(argument, getattr(command, "VERBATIM", ())) for argument in arguments]
     args = get_args_parser().parse_args(arguments)
     try:
         if hasattr(command, "prepare"):
@@ -105,7 +105,7 @@ def launch(verb: str, command: ModuleType, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _quoted(argument: str, keys: Sequence[str]) -> str:
+def quoted(argument: str, keys: Sequence[str]) -> str:
     """An override whose value is text, with the quotes that Hydra wants; a list, or what has quotes, is left."""
     key, _, value = argument.partition("=")
     if key not in keys or not value or value[0] in "\"'[" or value == "null":

@@ -55,7 +55,7 @@ def main(cfg: DictConfig) -> int:
 
         import torch
 
-        from dit.train import trained
+        from dit.train import lineage, trained
 
         about: dict[str, Any] = {"dit": __version__, "format": cfg.format, "precision": cfg.precision}
         if cfg.ema_std is None:
@@ -79,6 +79,8 @@ def main(cfg: DictConfig) -> int:
         record = _few_step(folder, had, about)
         about |= {"config": OmegaConf.to_container(had, resolve=True)}
         export.native(path, _cast(weights, getattr(torch, cfg.precision)), about, record, overwrite=cfg.overwrite)
+        if not saved.exported(folder):
+            lineage.note_made(folder, path)
     print(f"{about['parameters']:,} parameters of step {about['step']}, {cfg.precision}: {path}")
     return 0
 

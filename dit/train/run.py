@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dit.data.unheard import unheard
 from dit.metric.subject import Samples, Subject
-from dit.train import checkpoint, goodput
+from dit.train import checkpoint, goodput, lineage
 from dit.train.attempts import Attempts
 from dit.train.build import build
 from dit.train.checked import build_trained, checked
@@ -283,6 +283,7 @@ class Run:
             if not path.exists():
                 raise
             print(f"dit: WARNING: {error}; the run goes on", flush=True)
+        lineage.note_used(self.folder, self.resolved, self._fingerprint())
 
     def _train(self) -> int | None:
         from lightning.pytorch import Trainer
@@ -463,6 +464,7 @@ class Run:
                 if useful := goodput.of_run(self.folder)[0]:
                     summary["goodput"] = round(useful, 4)
                 replace(self.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+                lineage.note_made(self.folder, self.folder)
                 _report(self.folder, summary)
         else:
             self.world.say(f"dit: stopped and saved at step {module.step}; the same command goes on from there")

@@ -20,6 +20,7 @@ from urllib.parse import urlparse
 from urllib.request import getproxies
 
 LOOK_EVERY_SECONDS = 2.0
+DISTANCES = ("frechet", "fid", "sfid", "kid", "fd_", "cmmd")
 
 
 class Backlog:
@@ -73,16 +74,105 @@ class Backlog:
                     break
                 place += len(text)
                 try:
-                    self.last_line = json.loads(text)
-                    self._rows[self.last_line["step"]] = self.last_line
+                    line = json.loads(text)
+                    self._rows.setdefault(line["step"], {}).update(line)  # figures stand in a line of their own
+                    self.last_line = line
                 except (ValueError, KeyError, TypeError):
                     continue  # half a line, as a full disk leaves it
             self._place = (stat.st_ino, place)
             return place > before
 
 
+class Skips:
+    """The lines of skipped.jsonl that nobody was alerted of.
+
+    Args:
+        folder: the run's.
+        place: the byte from which on they are new.
+    """
+
+    def __init__(self, folder: Path, place: int):
+        self._path = folder / "skipped.jsonl"
+        self._place = place
+
+    def alert(self) -> tuple[str, str] | None:
+        """What is to be said of what is new, one text for however many: a kind, and the text."""
+        try:
+            new = self._path.read_bytes()[self._place :]
+        except FileNotFoundError:
+            return None
+        new = new[: new.rfind(b"\n") + 1]
+        self._place += len(new)
+        lines = []
+        for text in new.splitlines():
+            with suppress(ValueError):  # half a line, as a full disk leaves it
+                lines.append(json.loads(text))
+        if not lines:
+            return None
+        last = lines[-1]
+        reasons = {line["reason"] for line in lines}
+        kind = "NaN" if reasons & {"loss", "gradient"} else "a spike"
+        text = f"{len(lines)} steps were left out, the last of them {last['step']} ({last['reason']})"
+        if "rolled back" in reasons:
+            kind, text = (
+                "rolled back",
+                f"after step {last['step']} the weights are those of step {last.get('to')} again",
+            )
+        return kind, f"{text}; skipped.jsonl has more"
+
+
+class Lineage:
+    """What lineage.jsonl says that is not sent yet, as artifacts: manifests with the hashes of what they stand for.
+
+    Args:
+        folder: the run's.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._sent = 0  # lines
+
+    def send(self, run: Any) -> None:
+        """Have the run use data and teacher, and make its weights and exports, of which nothing is uploaded."""
+        import wandb
+
+        path = self._folder / "lineage.jsonl"
+        texts = path.read_text().splitlines() if path.exists() else []
+        for text in texts[self._sent :]:
+            with suppress(ValueError, LookupError, OSError):  # half a line, as a full disk leaves it
+                line = json.loads(text)
+                artifact = wandb.Artifact(line["name"], line["type"], metadata=line["about"])
+                artifact.add_file(str(self._folder / line["file"]), "manifest.json", policy="immutable")
+                # `run.use_artifact` does the same, but not offline, and waits for the server.
+                run._log_artifact(artifact, is_user_created=True, use_after_commit=line["relation"] == "used")
+        self._sent = len(texts)
+
+
+def charts(schedule: Mapping[str, list[float]]) -> dict[str, Any]:
+    """The noise schedule, for the first line of a run."""
+    import wandb
+
+    if not schedule:
+        return {}
+    t, levels = schedule["t"], [schedule["alpha"], schedule["sigma"]]
+    return {
+        "schedule/levels": wandb.plot.line_series(t, levels, ["alpha", "sigma"], "x_t = alpha x0 + sigma eps", "t"),
+        "schedule/log_snr": wandb.plot.line_series(t, [schedule["log SNR"]], ["log SNR"], "log SNR", "t"),
+    }
+
+
+def figures(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The distances among the final figures as a chart, for the last line of a run."""
+    import wandb
+
+    rows = [[name, value] for name, value in summary.items() if name.startswith(DISTANCES) and "noise" not in name]
+    if not rows:
+        return {}
+    return {"distances": wandb.plot.bar(wandb.Table(["figure", "value"], rows), "figure", "value", "Distances")}
+
+
 def begin(order: Mapping[str, Any]) -> Any:
-    """The run at W&B; one that is there already is continued.
+    """The run at W&B; one that is there already is continued, from an earlier step where it was rewound.
 
     Raises:
         Exception: of many kinds, if W&B does not want it or does not answer.
@@ -94,28 +184,38 @@ def begin(order: Mapping[str, Any]) -> Any:
     import wandb
 
     live: bool = order["live"]  # else what W&B knows of the machine and the code is to stay as it was
-    run = wandb.init(
-        project=order["project"],
-        name=Path(order["folder"]).name,
-        id=order["id"],
-        dir=order["folder"],
-        config=order["config"],
-        mode=order["mode"],
-        resume="allow" if online else None,
-        settings=wandb.Settings(
-            silent=True,
-            console="off",
-            init_timeout=30,
-            finish_timeout=order["finish_seconds"],
-            finish_timeout_raises=True,
-            x_disable_stats=not (online and live),
-            disable_git=not live,
-            x_disable_meta=not live,
-            x_disable_machine_info=not live,
-            x_stats_pid=order["pid"],
-            x_file_stream_retry_max=10**6,  # it keeps on disk what it could not send, and so outlasts a server's outage
-        ),
-    )
+
+    def init(**continuing: Any) -> Any:
+        return wandb.init(
+            project=order["project"],
+            name=Path(order["folder"]).name,
+            id=order["id"],
+            dir=order["folder"],
+            config=order["config"],
+            mode=order["mode"],
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                init_timeout=30,
+                finish_timeout=order["finish_seconds"],
+                finish_timeout_raises=True,
+                x_disable_stats=not (online and live),
+                disable_git=not live,
+                x_disable_meta=not live,
+                x_disable_machine_info=not live,
+                x_stats_pid=order["pid"],
+                x_file_stream_retry_max=10**6,  # what it could not send it keeps on disk, and so outlasts an outage
+            ),
+            **continuing,
+        )
+
+    run = None
+    if online and order["rewind_to"]:
+        try:
+            run = init(resume_from=f"{order['id']}?_step={order['rewind_to']}")
+        except Exception:  # not every server can, or has got so far: what it has of later steps then stays
+            wandb.teardown()  # or it would say that the run is in use
+    run = run or init(resume="allow" if online else None)
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return run
@@ -142,6 +242,20 @@ def summary_of(folder: Path, last_line: Mapping[str, Any]) -> dict[str, Any]:
     return summary if summary.get("step") == last_line.get("step") else {}
 
 
+def farewell(folder: Path, summary: Mapping[str, Any], step: int, in_order: bool) -> tuple[str, str, str]:
+    """The alert of a run's end: what, a text, a level."""
+    if in_order and summary:
+        told = (f"{name} {value:.4g}" for name, value in summary.items() if isinstance(value, int | float))
+        return "done", ", ".join(told), "INFO"
+    if in_order:
+        return "stopped", f"saved at step {step}; the same command, or SLURM, goes on from there", "INFO"
+    ended = {}
+    with suppress(OSError, ValueError, LookupError):
+        last = max((path for path in (folder / "attempts").glob("*.json")), key=lambda path: path.name)
+        ended = json.loads(last.read_bytes())["ended"] or {}
+    return "failed", f"after step {step}: {ended.get('error', 'it was killed, or its machine was lost')}", "ERROR"
+
+
 def main() -> None:
     """Do as the order says, and end with 0 if W&B has got everything."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -157,6 +271,11 @@ def main() -> None:
     num_lines = num_pictures = 0
     over = threading.Event()
     in_order = False
+    trouble: str | None = None  # with what is not essential
+
+    def alert(what: str, text: str, level: str = "INFO") -> None:
+        if order["live"]:
+            run.alert(f"{folder.name[:40]}: {what}", text, level)
 
     def leave(reason: str | None) -> None:
         sent = f"{num_lines} lines and {num_pictures} pictures"
@@ -187,9 +306,25 @@ def main() -> None:
         import wandb
 
         backlog = Backlog(folder, run.starting_step - 1 if order["mode"] == "online" else order["after"])
+        skips, lineage = Skips(folder, order["skipped_bytes"]), Lineage(folder)
+        if order["goes_on"]:
+            alert("goes on", order["goes_on"])
+        schedule = order["schedule"] if backlog.after <= 0 else {}
         while True:
             ended = over.wait(LOOK_EVERY_SECONDS)
-            for step, row in backlog.rows(ended):
+            try:
+                lineage.send(run)
+            except Exception as error:  # curves do not wait for artifacts
+                trouble = trouble or f"artifacts: {_told(error)}"
+            if skipped := skips.alert():
+                alert(*skipped, "WARN")
+            rows = list(backlog.rows(ended))
+            if rows and schedule:
+                rows[0][1].update(charts(schedule))
+                schedule = {}
+            if rows and ended:
+                rows[-1][1].update(figures(summary_of(folder, backlog.last_line)))
+            for step, row in rows:
                 num_lines += "loss" in row
                 if path := row.pop("preview", None):
                     with suppress(OSError):  # half a picture, as a full disk leaves it
@@ -198,12 +333,18 @@ def main() -> None:
                 run.log(row, step=step, commit=True)  # W&B's own count is our step, by which it says what it has
             if ended:
                 break
-        had = run.summary
-        run.summary.update({name: v for name, v in summary_of(folder, backlog.last_line).items() if had.get(name) != v})
+        had, summary = run.summary, summary_of(folder, backlog.last_line)
+        run.summary.update({name: v for name, v in summary.items() if had.get(name) != v})
+        alert(*farewell(folder, summary, backlog.last_line.get("step", order["after"]), in_order))
         run.finish(exit_code=0 if in_order else 1)
     except BaseException as error:
-        leave(" ".join(f"{error or type(error).__name__}".split())[:200].rstrip("."))
-    leave(None)
+        leave(_told(error))
+    leave(trouble)
+
+
+def _told(error: BaseException) -> str:
+    """What an error says, in a line."""
+    return " ".join(f"{error or type(error).__name__}".split())[:200].rstrip(".")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from dit.train import sender
+from dit.train import attempts, sender
+from dit.train.files import rewound, steps
 
 FINISH_SECONDS = 12.0
+SCHEDULE_POINTS = 101
+FAR = 25.0  # log SNR is infinite at the ends
 
 
 class WandB:
@@ -21,6 +24,7 @@ class WandB:
 
     It reads them in the run's folder, so that training hands nothing over and waits for nothing. Offline unless the
     user is logged in or asks otherwise. If the server cannot be reached a line says so, and how to send it later.
+    A run that goes on from an earlier step than the server has is rewound there, if that server can.
 
     Args:
         project: the project's name there.
@@ -47,8 +51,11 @@ class WandB:
         self._later = f"dit sync run={folder.name}{runs_dir}"
         order = {"live": True, "mode": mode, "after": step, "finish_seconds": FINISH_SECONDS, "later": self._later}
         try:
+            order |= {"rewind_to": _rewound_to(folder, step), "goes_on": _goes_on(folder)}
+            skipped = folder / "skipped.jsonl"
+            order["skipped_bytes"] = skipped.stat().st_size if skipped.exists() else 0
             self._process = _sender(folder, config, self.project, order)
-        except OSError as error:  # a tracker must never end a run
+        except Exception as error:  # a tracker must never end a run
             print(f"dit: W&B is left out ({error}); `{self._later}` sends it later")
 
     def finish(self) -> None:
@@ -61,6 +68,7 @@ class WandB:
 def sync(folder: Path, config: Mapping[str, Any], project: str, timeout_seconds: float) -> bool:
     """Send what the server does not have of a run; whether it now has everything."""
     order = {"live": False, "mode": "online", "after": 0, "finish_seconds": timeout_seconds, "later": ""}
+    order |= {"rewind_to": None, "goes_on": None, "skipped_bytes": 0}
     process = _sender(folder, config, project, order)
     return _ended(process, None) and process.returncode == 0
 
@@ -69,8 +77,10 @@ def _sender(folder: Path, config: Mapping[str, Any], project: str, order: Mappin
     """The process that does as an order says."""
     identity = folder / "wandb-id"
     if not identity.exists():
-        identity.write_text(uuid.uuid4().hex[:8])
+        of_sweep = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+        identity.write_text(of_sweep or uuid.uuid4().hex[:8])
     run = {"folder": str(folder), "id": identity.read_text().strip(), "config": dict(config), "project": project}
+    run["schedule"] = _schedule(config)
     here = {"command": sys.argv, "pid": os.getpid(), "host": _host()}
     process = subprocess.Popen(
         [sys.executable, "-P", sender.__file__],
@@ -83,6 +93,45 @@ def _sender(folder: Path, config: Mapping[str, Any], project: str, order: Mappin
     process.stdin.write(json.dumps({**order, **run, **here}) + "\n")
     process.stdin.flush()
     return process
+
+
+def _rewound_to(folder: Path, step: int) -> int | None:
+    """The step of the last line that stays, if there are lines after the step at which a run goes on.
+
+    They are cut off already here, as training will do: what is about to be written again must not be sent.
+    """
+    lines = folder / "metrics.jsonl"
+    if max((line["step"] for line in steps(lines)), default=0) <= step:
+        return None
+    kept = rewound(lines, step)
+    return kept[-1]["step"] if kept else 0
+
+
+def _goes_on(folder: Path) -> str | None:
+    """How a run came to be started again; None if it was not."""
+    starts = attempts.read(folder)
+    if len(starts) < 2:
+        return None
+    now, before = starts[-1], attempts.how_ended(starts[-2])
+    requeued = f", requeue {now['restarts']}" if now.get("restarts") else ""
+    return f"from step {now['from_step']}: start {len(starts)}{requeued}; the one before: {before}"
+
+
+def _schedule(config: Mapping[str, Any]) -> dict[str, list[float]]:
+    """The noise schedule as a curve; nothing, where there is none."""
+    from omegaconf import OmegaConf
+
+    if "_target_" not in (noise := config.get("noise") or {}):
+        return {}
+    import torch
+
+    from dit.train.build import build
+
+    schedule = build(OmegaConf.create(noise))
+    t = torch.linspace(0, schedule.t_max, SCHEDULE_POINTS, dtype=torch.float64)
+    level = schedule(t)
+    curves = {"t": t, "alpha": level.alpha, "sigma": level.sigma, "log SNR": schedule.log_snr(t).clamp(-FAR, FAR)}
+    return {name: curve.tolist() for name, curve in curves.items()}
 
 
 def _ended(process: "subprocess.Popen[str]", timeout_seconds: float | None) -> bool:

@@ -1,0 +1,117 @@
+"""`dit report` draws what runs' folders hold, in one file that needs nothing else."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from dit.command import report
+from dit.command.compose import ConfigError, compose, jobs, launch
+from dit.data.image import encode_png
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Folders of two runs, with what training leaves."""
+
+    def make(name, steps, *overrides, pictures=(), **summary):
+        folder = tmp_path / "runs" / name
+        (folder / "samples").mkdir(parents=True)
+        OmegaConf.save(compose("train", ["experiment=digits", *overrides]), folder / "config.yaml", resolve=True)
+        with (folder / "metrics.jsonl").open("w") as file:
+            for step in steps:
+                line = {"step": step, "images": 32 * step, "loss": 1 / step if step != 20 else None, "lr": 1e-3}
+                file.write(json.dumps({**line, "grad_norm": 1.0, "images_per_second": 900.0}) + "\n")
+                if step % 30 == 0:
+                    file.write(json.dumps({"step": step, "fid": 100 / step}) + "\n")
+            file.write('{"step": 1000, "lo')  # cut
+        for step in pictures:
+            picture = torch.full((1, 8, 16), step % 256, dtype=torch.uint8)
+            (folder / "samples" / f"step-{step:08d}.png").write_bytes(encode_png(picture))
+        if summary:
+            (folder / "summary.json").write_text(json.dumps(summary))
+        return name
+
+    return make
+
+
+def drawn(tmp_path, run, *overrides):
+    words = [f"run={run}", f"runs_dir={tmp_path}/runs", f"out={tmp_path}/report.html", *overrides]
+    quoted = [re.sub(r"^(run|out)=([^\[].*)", r'\1="\2"', word) for word in words]
+    cfg = compose("report", jobs(quoted)[0])
+    report.check(cfg)
+    assert report.main(cfg) == 0
+    return Path(cfg.out)
+
+
+def test_one_file_holds_the_curves_grids_and_figures_of_several_runs(tmp_path, runs, capsys):
+    runs("digits", range(10, 100, 10), pictures=range(10, 100, 10), step=90, accuracy=0.98765)
+    page = drawn(tmp_path, "digits").read_text()
+    assert page.count("data:image/png;base64,") == 1 + 4 and "0.9877" in page
+    assert [int(step) for step in re.findall(r"<figcaption>step (\d+)", page)] == [20, 40, 70, 90]
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)  # nothing from elsewhere
+    assert "digits at step 90" in capsys.readouterr().out
+
+
+def test_what_runs_have_otherwise_stands_side_by_side(tmp_path, runs):
+    runs("digits", range(10, 100, 10), pictures=[90], step=90, fid=3.5)
+    runs("other", range(10, 50, 10), "optimizer.lr=0.5")
+    page = drawn(tmp_path, "digits,other").read_text()
+    assert re.search(r"<td>optimizer.lr</td><td>0.00\d+</td><td>0.5</td>", page)
+    assert "<td>optimizer.betas</td>" not in page and "<td>fid</td><td>3.5</td><td>-</td>" in page
+    assert "Samples of digits" in page and "Samples of other" not in page
+
+
+def test_panels_have_axes_units_and_a_legend(tmp_path, runs):
+    names = [runs("one", range(1, 100), pictures=[90]), runs("two", range(10, 100, 10), pictures=[30, 60])]
+    told = [report._told(tmp_path / "runs" / name, 4) for name in names]
+    figure = report._drawn(told, "step", pictures=True)
+    curves, *pictures = figure.subfigs
+    panels = {panel.get_ylabel(): panel for panel in curves.axes if panel.get_ylabel()}
+    assert list(panels) == ["loss", "gradient norm", "learning rate", "images / s", "fid"]
+    assert all(panel.get_xlabel() == "step" and len(panel.lines) == 2 for panel in panels.values())
+    assert len({line.get_color() for line in panels["loss"].lines}) == 2
+    assert [line.get_linestyle() for line in panels["loss"].lines] == ["-", "-"]
+    assert [text.get_text() for text in curves.legends[0].get_texts()] == ["one", "two"]
+    assert (panels["loss"].get_yscale(), panels["learning rate"].get_yscale()) == ("log", "linear")
+    assert list(panels["fid"].lines[0].get_xdata()) == [30, 60, 90]  # of lines of their own
+    assert 20 not in panels["loss"].lines[0].get_xdata()  # which had none
+    assert [part.get_suptitle() for part in pictures] == ["one", "two"]
+    by_images = report._drawn(told, "images", pictures=False)
+    assert list(by_images.subfigs[0].axes[4].lines[0].get_xdata()) == [960, 1920, 2880]
+
+
+def test_a_picture_instead(tmp_path, runs):
+    runs("one", [10, 20, 30])
+    out = drawn(tmp_path, "one", f"out={tmp_path}/deep/one.png")
+    assert out.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_name_may_have_commas(tmp_path, runs):
+    runs("a,b", [10, 20])
+    assert "<h1>a,b</h1>" in drawn(tmp_path, "a,b").read_text()
+
+
+def test_the_command_line_takes_several_runs(tmp_path, runs, monkeypatch):
+    runs("one", [10, 20])
+    runs("two", [10, 20])
+    monkeypatch.chdir(tmp_path)
+    assert launch("report", report, ["run=one,two"]) == 0
+    assert "<title>one, two</title>" in (tmp_path / "report.html").read_text()
+
+
+def test_mistakes(tmp_path, runs, monkeypatch):
+    runs("one", [])
+    with pytest.raises(ConfigError, match="run=none: no such run"):
+        drawn(tmp_path, "none")
+    with pytest.raises(ConfigError, match=r"out=report\.pdf: give a name that ends in \.html or \.png"):
+        drawn(tmp_path, "one", "out=report.pdf")
+    with pytest.raises(ConfigError, match="run=one has no lines in"):
+        drawn(tmp_path, "one")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ConfigError, match=r"dit report needs matplotlib: pip install 'ditforge\[plot\]'"):
+        drawn(tmp_path, "one")
