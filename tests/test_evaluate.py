@@ -12,6 +12,7 @@ from dit.command import evaluate
 from dit.command.compose import ConfigError, compose
 from dit.train import checkpoint
 from dit.train.run import Run
+from dit.train.samples import Kept
 
 TINY = [
     *("experiment=digits", "metric=none", "logger=none", "model.hidden_size=16", "model.depth=1", "model.num_heads=2"),
@@ -82,12 +83,12 @@ def test_samples_and_figures_do_not_depend_on_the_processes(where):
 
 def test_what_was_drawn_is_not_drawn_again(where, monkeypatch):
     drawn = []
-    before = evaluate._kept
+    before = Kept.__call__
 
-    def counted(folder, number, draw):
-        return before(folder, number, lambda: drawn.append(number) or draw())
+    def counted(kept, number, draw):
+        return before(kept, number, lambda: drawn.append(number) or draw())
 
-    monkeypatch.setattr(evaluate, "_kept", counted)
+    monkeypatch.setattr(Kept, "__call__", counted)
     words = ("num_samples=120", "batch_size=50", "keep_samples=true", "seed=7")
     first = judged(where, "metric=fid", *words)
     assert drawn == [0, 1, 2]

@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -21,11 +20,10 @@ from dit.command.compose import (
     user_errors,
 )
 from dit.command.existing import check_run, check_writable, load, offer
+from dit.command.plot import plot
 from dit.train import saved
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from dit.train.world import World
 
 VERBATIM = ("reference", "samples", "out")
@@ -177,6 +175,7 @@ def _record(cfg: DictConfig, world: "World") -> dict[str, Any]:
 
     from dit.train.build import build
     from dit.train.judging import Judging, check_metrics
+    from dit.train.samples import Kept
 
     with user_errors():
         run = load(cfg)
@@ -212,28 +211,20 @@ def _record(cfg: DictConfig, world: "World") -> dict[str, Any]:
         if known and cfg.samples is None:
             return known
         key = hashlib.sha256(_text({name: settings[name] for name in DRAWN})).hexdigest()[:16]
-        parts = folder / "evaluation" / key
-        if judging.extractors:
-            parts.mkdir(parents=True, exist_ok=True)
+        kept = Kept(folder / "evaluation" / key) if judging.extractors else None
     world.say(f"dit: judging {cfg.num_samples:,} samples of run={cfg.run} at step {run.step}{_told(cfg)}")
     with user_errors():
-        figures = judging(
-            subject,
-            cfg.num_samples,
-            cfg.batch_size,
-            seed=cfg.seed,
-            labels=cfg.labels,
-            drawn=partial(_kept, parts),
-        )
+        how = {"seed": cfg.seed, "labels": cfg.labels, **({"drawn": kept} if kept else {})}
+        figures = judging(subject, cfg.num_samples, cfg.batch_size, **how)
     record = {"figures": figures, "settings": settings}
     world.gathered(None)  # all have drawn
     if world.is_first:
         with out.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        if cfg.samples is not None:
-            _write_samples(Path(cfg.samples), parts, cfg.num_samples)
-        if not cfg.keep_samples:
-            shutil.rmtree(parts, ignore_errors=True)
+        if kept and cfg.samples is not None:
+            kept.write(Path(cfg.samples), cfg.num_samples)
+        if kept and not cfg.keep_samples:
+            kept.drop()
     return record
 
 
@@ -271,42 +262,6 @@ def _records(out: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return [record for record in found if isinstance(record, dict) and {"figures", "settings"} <= record.keys()]
-
-
-def _kept(folder: Path, number: int, draw: "Callable[[], Tensor]") -> "Tensor":
-    """A part of the samples: that of before, or drawn now and written, as a whole or not at all."""
-    import numpy as np
-    import torch
-
-    path = folder / f"{number:06d}.npy"
-    if path.exists():
-        return torch.from_numpy(np.load(path)).permute(0, 3, 1, 2)
-    images = draw()
-    partial_file = folder / f"{number:06d}.tmp"
-    with partial_file.open("wb") as file:
-        np.save(file, images.permute(0, 2, 3, 1).contiguous().numpy())
-    partial_file.rename(path)
-    return images
-
-
-def _write_samples(path: Path, parts: Path, number: int) -> None:
-    """All samples as `arr_0`, uint8 (N, H, W, C), as the evaluator of ADM reads them."""
-    import numpy as np
-
-    files = sorted(parts.glob("*.npy"))
-    first = np.load(files[0], mmap_mode="r")
-    whole = np.lib.format.open_memmap(parts / "all.tmp", "w+", np.uint8, (number, *first.shape[1:]))
-    start = 0
-    for file in files:
-        part = np.load(file)[: number - start]
-        whole[start : start + len(part)] = part
-        start += len(part)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = path.with_name(f"{path.name}.tmp")
-    with partial_file.open("wb") as file_:
-        np.savez(file_, whole)
-    partial_file.rename(path)
-    (parts / "all.tmp").unlink()
 
 
 def check_alike(records: Sequence[Mapping[str, Any]]) -> None:
@@ -351,69 +306,22 @@ def _say(cfg: DictConfig, records: Sequence[Mapping[str, Any]]) -> None:
             cells = " | ".join(f"{record['figures'][name]:.4g}" for name in columns)
             print(f"| {settings['run']} | {scale} | {num_steps} | {cells} |")
         if len(_several(cfg.scales)) > 1 or len(_several(cfg.steps)) > 1:
-            print(f"  {'plot':<28} {_plot(records, out.with_suffix('.png'))}")
+            try:
+                plot(records, out.with_suffix(".png"))
+                print(f"  {'plot':<28} {out.with_suffix('.png')}")
+            except ImportError:
+                print("dit: for a plot, too: pip install 'ditforge[plot]', and the same command again")
     print(f"  {'written to':<28} {out}")
-
-
-def _plot(records: Sequence[Mapping[str, Any]], path: Path) -> str:
-    """Each figure over the scale of guidance, a line for each run and number of steps; or over steps."""
-    try:
-        import matplotlib
-    except ImportError:
-        return "none: pip install 'ditforge[plot]' and start again"
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [
-        (
-            r["settings"]["run"],
-            r["settings"]["guidance"].get("scale", 1),
-            r["settings"]["sampler"]["num_steps"],
-            r["figures"],
-        )
-        for r in records
-    ]
-    by_scale = len({scale for _, scale, _, _ in rows}) > 1
-    names = list(rows[0][3])
-    columns = min(3, len(names))
-    lines = -(-len(names) // columns)
-    figure, axes = pyplot.subplots(lines, columns, figsize=(4.5 * columns, 3.4 * lines), squeeze=False)
-    runs = sorted({run for run, *_ in rows})
-    for axis, name in zip(axes.flat, names, strict=False):
-        groups: dict[str, list[tuple[float, float]]] = {}
-        for run, scale, num_steps, figures in rows:
-            label = f"{num_steps} steps" if by_scale else f"guidance {scale:g}"
-            label = f"{run}, {label}" if len(runs) > 1 else label
-            groups.setdefault(label, []).append((scale if by_scale else num_steps, figures[name]))
-        for label, points in groups.items():
-            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
-        axis.set_xlabel("scale of guidance" if by_scale else "steps of the sampler")
-        axis.set_ylabel(name)
-        axis.grid(alpha=0.3)
-        if not by_scale:
-            axis.set_xscale("log", base=2)
-    for axis in axes.flat[len(names) :]:
-        axis.remove()
-    axes.flat[0].legend()
-    first = records[0]["settings"]
-    figure.suptitle(f"{', '.join(runs)}: {first['num_samples']:,} samples, weights={first['weights']}", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return str(path)
 
 
 def _make_reference(cfg: DictConfig, world: "World", kind: str) -> None:
     """Statistics of data, by all processes, and the first images."""
-    import numpy as np
-
-    from dit.metric import statistics
-    from dit.metric.seen import Seen
     from dit.train.build import build
     from dit.train.judging import Look
+    from dit.train.reference import make_reference
 
+    path = Path(cfg.reference)
     with user_errors():
-        path = Path(cfg.reference)
         if world.is_first:
             check_writable(path)
         data = build(cfg.data)
@@ -422,22 +330,9 @@ def _make_reference(cfg: DictConfig, world: "World", kind: str) -> None:
         if not data.has_images(cfg.split):
             raise ValueError(f"the {cfg.split} shards have no images: give shards of images as data.path")
         look = Look(build(cfg.extractor)(), world.device(kind))
-        moments = [layer for layer in statistics.LAYERS if layer in look.extractor.layers]
-        seen, images = Seen(moments, ()), {}
-        for number, samples in data.parts(cfg.split, cfg.batch_size, world.rank, world.size):
-            seen.add(number, look(samples["image"]))
-            if number * cfg.batch_size < cfg.num_images:
-                images[number] = samples["image"].permute(0, 2, 3, 1).contiguous().numpy()
-    if world.size > 1:
-        seen.share(world.sum, world.gathered)
-        images = {number: part for parts in world.gathered(images) for number, part in parts.items()}
-    if world.is_first:
-        first = np.concatenate([images[number] for number in sorted(images)])[: cfg.num_images] if images else None
-        total = seen.moments["pool"].number
-        about = {"extractor": look.about, "image_size": cfg.data.image_size, "number": total}
-        statistics.write(path, seen.moments, first, about | {"split": cfg.split, "data": data.fingerprint()})
-        print(f"  {'statistics of':<28} {total:,} images, by {look.about['name']}")
-        print(f"  {'written to':<28} {path}, {path}.json")
+        total = make_reference(path, data, cfg.split, look, world, num_images=cfg.num_images, size=cfg.batch_size)
+    world.say(f"  {'statistics of':<28} {total:,} images, by {look.about['name']}")
+    world.say(f"  {'written to':<28} {path}, {path}.json")
 
 
 def _sha256(path: Path) -> str:

@@ -1,0 +1,47 @@
+"""A plot of evaluations over guidance or steps."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def plot(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """A panel for each figure, over the scale of guidance where it varies, or else over steps; a line for each other.
+
+    Args:
+        records: with `figures` and `settings`, as `dit evaluate` writes them.
+        path: of the PNG.
+
+    Raises:
+        ImportError: if matplotlib is missing, an optional dependency.
+    """
+    from matplotlib.figure import Figure
+
+    by_scale = len({record["settings"]["guidance"].get("scale", 1) for record in records}) > 1
+    runs = sorted({record["settings"]["run"] for record in records})
+    names = list(records[0]["figures"])
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(4.5 * columns, 3.4 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis, name in zip(axes.flat, names, strict=False):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for record in records:
+            settings = record["settings"]
+            scale, num_steps = settings["guidance"].get("scale", 1), settings["sampler"]["num_steps"]
+            label = f"{num_steps} steps" if by_scale else f"guidance {scale:g}"
+            label = f"{settings['run']}, {label}" if len(runs) > 1 else label
+            lines.setdefault(label, []).append((scale if by_scale else num_steps, record["figures"][name]))
+        for label, points in lines.items():
+            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
+        axis.set(xlabel="scale of guidance" if by_scale else "steps of the sampler", ylabel=name.replace("_", " "))
+        axis.grid(alpha=0.3)
+        if not by_scale:
+            axis.set_xscale("log", base=2)
+    for axis in axes.flat[len(names) :]:
+        axis.remove()
+    axes.flat[0].legend(fontsize=8)
+    first = records[0]["settings"]
+    told = f"{', '.join(runs)}: {first['num_samples']:,} samples, weights={first['weights']}"
+    figure.suptitle(told, fontsize=10)
+    figure.savefig(path, dpi=120)

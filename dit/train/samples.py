@@ -1,0 +1,55 @@
+"""Samples that are kept on the disk until all are judged."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Kept:
+    """Parts of a set of samples, each drawn once, by whichever process.
+
+    Args:
+        folder: made here; of samples that are drawn alike.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, number: int, draw: Callable[[], Tensor]) -> Tensor:
+        """The part of a number, uint8 (N, C, H, W): that of before, or drawn now and written, whole or not at all."""
+        path = self.folder / f"{number:06d}.npy"
+        if path.exists():
+            return torch.from_numpy(np.load(path)).permute(0, 3, 1, 2)
+        images = draw()
+        partial = path.with_suffix(".tmp")
+        with partial.open("wb") as file:
+            np.save(file, images.permute(0, 2, 3, 1).contiguous().numpy())
+        partial.rename(path)
+        return images
+
+    def write(self, path: Path, number: int) -> None:
+        """The first so many samples as `arr_0`, uint8 (N, H, W, C), of a `.npz` as ADM's evaluation reads it."""
+        files = sorted(self.folder.glob("*.npy"))
+        shape = np.load(files[0], mmap_mode="r").shape[1:]
+        together = self.folder / "all.tmp"  # so that they need not be in memory
+        whole = np.lib.format.open_memmap(together, "w+", np.uint8, (number, *shape))
+        start = 0
+        for file in files:
+            part = np.load(file)[: number - start]
+            whole[start : start + len(part)] = part
+            start += len(part)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.tmp")
+        with partial.open("wb") as out:
+            np.savez(out, whole)
+        partial.rename(path)
+        together.unlink()
+
+    def drop(self) -> None:
+        """Delete them."""
+        shutil.rmtree(self.folder, ignore_errors=True)
