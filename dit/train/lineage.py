@@ -80,10 +80,10 @@ def weights(folder: Path, step: int | None = None) -> Thing:
 
 @contextmanager
 def _forgiven(folder: Path) -> Iterator[None]:
-    """Notes that cannot be made, as on a full disk, end nothing."""
+    """Notes that cannot be made, as on a full disk, or of what is gone since a run began, end nothing."""
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError) as error:
         print(f"dit: WARNING: {error}; {folder / LINES} lacks it", flush=True)
 
 

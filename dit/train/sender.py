@@ -171,6 +171,27 @@ def figures(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {"distances": wandb.plot.bar(wandb.Table(["figure", "value"], rows), "figure", "value", "Distances")}
 
 
+def evaluations(folder: Path) -> list[dict[str, Any]]:
+    """What `dit evaluate` has written of a run, each with `figures` and `settings`."""
+    path = folder / "evaluation.jsonl"
+    found = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        with suppress(ValueError):  # half a line
+            found.append(json.loads(text))
+    return [record for record in found if isinstance(record, dict) and {"figures", "settings"} <= record.keys()]
+
+
+def judged(folder: Path) -> dict[str, Any]:
+    """The last evaluation, and the plot of several, for the summary."""
+    import wandb
+
+    found = evaluations(folder)
+    told = {f"evaluation/{name}": value for name, value in (found[-1]["figures"] if found else {}).items()}
+    if (plot := folder / "evaluation.png").exists():
+        told["evaluation/plot"] = wandb.Image(str(plot))
+    return told
+
+
 def begin(order: Mapping[str, Any]) -> Any:
     """The run at W&B; one that is there already is continued, from an earlier step where it was rewound.
 
@@ -334,7 +355,8 @@ def main() -> None:
             if ended:
                 break
         had, summary = run.summary, summary_of(folder, backlog.last_line)
-        run.summary.update({name: v for name, v in summary.items() if had.get(name) != v})
+        told = {**summary, **judged(folder)}
+        run.summary.update({name: v for name, v in told.items() if had.get(name) != v})
         alert(*farewell(folder, summary, backlog.last_line.get("step", order["after"]), in_order))
         run.finish(exit_code=0 if in_order else 1)
     except BaseException as error:
