@@ -103,22 +103,19 @@ class Skips:
             return None
         new = new[: new.rfind(b"\n") + 1]
         self._place += len(new)
-        lines = []
+        lines: list[dict[str, Any]] = []
         for text in new.splitlines():
             with suppress(ValueError):  # half a line, as a full disk leaves it
                 lines.append(json.loads(text))
         if not lines:
             return None
-        last = lines[-1]
-        reasons = {line["reason"] for line in lines}
-        kind = "NaN" if reasons & {"loss", "gradient"} else "a spike"
-        text = f"{len(lines)} steps were left out, the last of them {last['step']} ({last['reason']})"
+        last, reasons = lines[-1], {line["reason"] for line in lines}
         if "rolled back" in reasons:
-            kind, text = (
-                "rolled back",
-                f"after step {last['step']} the weights are those of step {last.get('to')} again",
-            )
-        return kind, f"{text}; skipped.jsonl has more"
+            told = f"after step {last['step']} the weights are those of step {last.get('to')} again"
+            return "rolled back", f"{told}; skipped.jsonl has more"
+        kind = "NaN" if reasons & {"loss", "gradient"} else "a spike"
+        told = f"{len(lines)} steps were left out, the last of them {last['step']} ({last['reason']})"
+        return kind, f"{told}; skipped.jsonl has more"
 
 
 class Lineage:
@@ -270,7 +267,7 @@ def farewell(folder: Path, summary: Mapping[str, Any], step: int, in_order: bool
         return "done", ", ".join(told), "INFO"
     if in_order:
         return "stopped", f"saved at step {step}; the same command, or SLURM, goes on from there", "INFO"
-    ended = {}
+    ended: dict[str, Any] = {}
     with suppress(OSError, ValueError, LookupError):
         last = max((path for path in (folder / "attempts").glob("*.json")), key=lambda path: path.name)
         ended = json.loads(last.read_bytes())["ended"] or {}
