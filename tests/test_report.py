@@ -66,6 +66,28 @@ def test_what_runs_have_otherwise_stands_side_by_side(tmp_path, runs):
     assert "Samples of digits" in page and "Samples of other" not in page
 
 
+def test_evaluations_that_were_not_made_alike_stand_in_tables_of_their_own(tmp_path, runs):
+    def judged(run, fid, scale, number):
+        settings = {"run": run, "step": 8, "weights": "ema", "guidance": {"scale": scale}, "sampler": {"num_steps": 4}}
+        settings |= {"num_samples": number, "extractors": {"fid": {"name": "inception"}}}
+        with (tmp_path / "runs" / run / "evaluation.jsonl").open("a") as file:
+            file.write(json.dumps({"figures": {"fid": fid}, "settings": settings}) + "\n")
+
+    for name in ("one", "two"):
+        runs(name, [10, 20])
+    judged("one", 2.25, 1.0, 50000)
+    judged("one", 9.0, 3.0, 50000)
+    judged("two", 7.5, 1.0, 50000)
+    judged("two", 70.5, 1.0, 100)
+    (tmp_path / "runs" / "one" / "evaluation.png").write_bytes(encode_png(torch.zeros(1, 8, 8, dtype=torch.uint8)))
+    page = drawn(tmp_path, "one,two").read_text()
+    tables = re.findall(r"<h2>Evaluated by inception, (\d+) samples each</h2>(.*?)</table>", page, re.DOTALL)
+    assert [number for number, _ in tables] == ["50000", "100"]
+    rows = [re.findall(r"<tr><td>(\w+)</td>.*<td>([\d.]+)</td></tr>", table) for _, table in tables]
+    assert rows == [[("one", "2.25"), ("one", "9"), ("two", "7.5")], [("two", "70.5")]]
+    assert "Evaluations of one" in page and "Evaluations of two" not in page
+
+
 def test_panels_have_axes_units_and_a_legend(tmp_path, runs):
     names = [runs("one", range(1, 100), pictures=[90]), runs("two", range(10, 100, 10), pictures=[30, 60])]
     told = [report._told(tmp_path / "runs" / name, 4) for name in names]

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -65,6 +66,12 @@ def folder(tmp_path_factory, digits_dir):
         assert codes == [75, 75, None]
         assert Run(student_of(folder, digits_dir, "teacher", "student")).fit() is None
     (folder / "runs" / "student" / "summary.json").write_text(json.dumps({"step": STEPS, "frechet": 2.5}))
+    judged = {"figures": {"fid": 7.5}, "settings": {"run": "student"}}
+    (folder / "runs" / "student" / "evaluation.jsonl").write_text(json.dumps(judged) + "\n")
+    shutil.copy(
+        folder / "runs" / "student" / "samples" / f"step-{STEPS:08d}.png",
+        folder / "runs" / "student" / "evaluation.png",
+    )
     written = compose("export", ["run=student", f"runs_dir={folder}/runs", f"path={folder}/few"])
     export.check(written)
     assert export.main(written) == 0
@@ -156,6 +163,9 @@ def test_sync_makes_one_run_of_offline_parts_and_shows_the_lineage(folder, monke
         assert sorted(name for _, name, _ in server.used) == ["digits-train", "weights-teacher"]
         made = sorted(name for kind, name, _ in server.made if kind == "model")
         assert made == ["export-few", "weights-student", "weights-teacher"]
+        assert server.summary["evaluation/fid"] == 7.5
+        assert server.summary["evaluation/plot"]["_type"] == "image-file"
+        assert any(name.startswith("media/images/evaluation/plot") for name in server.files)
         assert server.summary["frechet"] == 2.5 and any("distances_table" in line for line in server.history)
 
 
@@ -208,5 +218,6 @@ def test_no_teacher_is_used_where_there_is_none(tmp_path):
 
 
 def test_notes_that_cannot_be_made_end_nothing(tmp_path, capsys):
-    lineage.note_used(tmp_path / "gone", {"data": {"path": "some"}, "objective": {}}, "1")
-    assert "lineage.jsonl lacks it" in capsys.readouterr().out
+    for folder, init in ((tmp_path / "gone", {}), (tmp_path, {"_target_": lineage.RUN, "path": f"{tmp_path}/gone"})):
+        lineage.note_used(folder, {"data": {"path": "some"}, "objective": {}, "init": init}, "1")
+        assert "lineage.jsonl lacks it" in capsys.readouterr().out

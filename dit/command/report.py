@@ -4,9 +4,10 @@ import base64
 import html
 import io
 import itertools
+import json
 import math
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +17,7 @@ from dit.command.compose import ConfigError, check_choices, check_least, check_r
 from dit.command.existing import check_writable
 from dit.train import saved
 from dit.train.files import steps
+from dit.train.sender import evaluations
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,6 +37,7 @@ SPREAD = 10.0  # of the values, from which on an axis is logarithmic
 WIDTH, PANEL_HEIGHT, PANELS_A_ROW = 12.0, 2.7, 2  # inches
 DASHES = ("-", "--", ":", "-.")  # when the colours are used up
 MOST_DIFFERENCES = 60
+VARIED = ("run", "step", "weights", "sampler", "grid", "guidance", "seed", "batch_size", "device")  # in one table
 UNSAID = ("run", "runs_dir", "data_dir", "_partial_")  # keys that say where things are, or nothing
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -55,6 +58,8 @@ class Told(NamedTuple):
     summary: dict[str, Any]
     config: dict[str, Any]  # by dotted keys
     pictures: list[tuple[int, Path]]  # by step
+    evaluations: list[dict[str, Any]]  # by `dit evaluate`
+    plot: Path  # of several of these
 
 
 def check(cfg: DictConfig) -> None:
@@ -123,7 +128,15 @@ def _told(folder: Path, most: int) -> Told:
     chosen = {round((i + 1) * len(paths) / most) - 1 for i in range(most)} if len(paths) > most else range(len(paths))
     pictures = [(int(paths[i].stem.removeprefix("step-")), paths[i]) for i in sorted(chosen)]
     lines = [line for _, line in sorted(by_step.items())]
-    return Told(folder.name, lines, saved.summary_of(folder), dict(_flat(config)), pictures)
+    return Told(
+        folder.name,
+        lines,
+        saved.summary_of(folder),
+        dict(_flat(config)),
+        pictures,
+        evaluations(folder),
+        folder / "evaluation.png",
+    )
 
 
 def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -222,12 +235,14 @@ def _page(runs: Sequence[Told], x: str) -> str:
     title = ", ".join(run.name for run in runs)
     parts = [f"<h1>{html.escape(textwrap.shorten(title, 200))}</h1>", _image(buffer.getvalue(), "curves")]
     figures = {key: [run.summary.get(key) for run in runs] for run in runs for key in run.summary}
-    parts += _table("Final figures", figures, runs)
+    names = [run.name for run in runs]
+    parts += _table("Final figures", list(figures.items()), names)
+    parts += _evaluated(runs)
     keys = dict.fromkeys(key for run in runs for key in run.config)
     settings = {key: [run.config.get(key) for run in runs] for key in keys}
     different = {key: values for key, values in settings.items() if any(value != values[0] for value in values)}
     heading = "What their configurations have otherwise"
-    parts += _table(heading, dict(itertools.islice(different.items(), MOST_DIFFERENCES)), runs)
+    parts += _table(heading, list(different.items())[:MOST_DIFFERENCES], names)
     if (more := len(different) - MOST_DIFFERENCES) > 0:
         parts.append(f"<p>and {more} keys more</p>")
     for run in runs:
@@ -245,13 +260,37 @@ def _image(data: bytes, alt: str) -> str:
     return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
 
 
-def _table(heading: str, rows: Mapping[str, Sequence[Any]], runs: Sequence[Told]) -> list[str]:
-    """A table with a column a run; nothing without rows."""
+def _evaluated(runs: Sequence[Told]) -> Iterator[str]:
+    """Evaluations, a table for each way of judging, as others cannot be compared; and the plots of several."""
+    alike: dict[str, list[dict[str, Any]]] = {}
+    for record in (record for run in runs for record in run.evaluations):
+        same = {key: value for key, value in record["settings"].items() if key not in VARIED}
+        alike.setdefault(json.dumps(same, sort_keys=True), []).append(record)
+    for records in alike.values():
+        first, names = records[0]["settings"], list(records[0]["figures"])
+        by = ", ".join(dict.fromkeys(told["name"] for told in (first.get("extractors") or {}).values()))
+        rows = []
+        for record in records:
+            told = record["settings"]
+            scale, num_steps = (
+                (told.get(group) or {}).get(key) for group, key in (("guidance", "scale"), ("sampler", "num_steps"))
+            )
+            ways = [told.get("step"), told.get("weights"), scale, num_steps]
+            rows.append((str(told.get("run")), [*ways, *(record["figures"].get(name) for name in names)]))
+        heading = f"Evaluated by {by or 'their metrics'}, {first.get('num_samples')} samples each"
+        yield from _table(heading, rows, ["step", "weights", "guidance", "sampler's steps", *names])
+    for run in runs:
+        if run.plot.exists():
+            yield f"<h2>Evaluations of {html.escape(run.name)}</h2>{_image(run.plot.read_bytes(), 'evaluations')}"
+
+
+def _table(heading: str, rows: Sequence[tuple[str, Sequence[Any]]], columns: Sequence[str]) -> list[str]:
+    """A table; nothing without rows."""
     if not rows:
         return []
-    head = "".join(f"<th>{html.escape(run.name)}</th>" for run in runs)
-    lines = [f"<h2>{heading}</h2><div class=wide><table><tr><th></th>{head}</tr>"]
-    for key, values in rows.items():
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    lines = [f"<h2>{html.escape(heading)}</h2><div class=wide><table><tr><th></th>{head}</tr>"]
+    for key, values in rows:
         cells = "".join(f"<td>{html.escape(_said(value))}</td>" for value in values)
         lines.append(f"<tr><td>{html.escape(key)}</td>{cells}</tr>")
     return [*lines, "</table></div>"]

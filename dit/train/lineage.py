@@ -80,18 +80,18 @@ def weights(folder: Path, step: int | None = None) -> Thing:
 
 @contextmanager
 def _forgiven(folder: Path) -> Iterator[None]:
-    """Notes that cannot be made, as on a full disk, end nothing."""
+    """Notes that cannot be made, as on a full disk, or of what is gone since a run began, end nothing."""
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         print(f"dit: WARNING: {error}; {folder / LINES} lacks it", flush=True)
 
 
 def _data(data: Mapping[str, Any], fingerprint: str) -> Iterator[Thing]:
     """The folders of the training shards."""
-    paths, indices = (value if isinstance(value, list) else [value] for value in (data.get("path"), data.get("index")))
-    for number, path in enumerate(paths if paths != [None] else []):
-        where = indices[number] if number < len(indices) and indices[number] else path
+    paths, indices = _listed(data.get("path")), _listed(data.get("index"))
+    for number, path in enumerate(paths):
+        where = indices[number] if number < len(indices) else path
         manifest = Path(where) / index.MANIFEST
         told = {"path": str(path), "fingerprint": fingerprint}
         # Of shards at a URL, or without an index, the fingerprint says which they are.
@@ -99,13 +99,18 @@ def _data(data: Mapping[str, Any], fingerprint: str) -> Iterator[Thing]:
         yield Thing("dataset", _name("-".join(Path(path).parts[-2:])), text, told)
 
 
+def _listed(value: Any) -> list[Any]:
+    """One, several, or none."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
 def _models(config: Mapping[str, Any]) -> Iterator[Thing]:
     """The weights that a run learns from or begins with."""
     begins, objective = config.get("init") or {}, config["objective"]
-    told = [objective.get(role) or {} for role in ("teacher", "critic")]
-    told = [node for node in told if node.get("_target_") != ABSENT]
-    runs = [(Path(node["runs_dir"]) / node["run"], node.get("step")) for node in told if "run" in node]
-    files = [node["init"]["path"] for node in told if node.get("init")]
+    followed = [objective.get(role) or {} for role in ("teacher", "critic")]
+    followed = [node for node in followed if node.get("_target_") != ABSENT]
+    runs = [(Path(node["runs_dir"]) / node["run"], node.get("step")) for node in followed if "run" in node]
+    files = [node["init"]["path"] for node in followed if node.get("init")]
     if begins.get("_target_") == RUN:
         runs.append((Path(begins["path"]), None))
     elif begins.get("path"):
@@ -113,10 +118,9 @@ def _models(config: Mapping[str, Any]) -> Iterator[Thing]:
     for folder, step in dict.fromkeys(runs):
         yield weights(folder, step)
     for path in map(Path, dict.fromkeys(files)):
-        size = path.stat().st_size if path.is_file() else None  # to hash gigabytes at each start would be too much
-        yield Thing(
-            "model", _name(path.name), json.dumps({"name": path.name, "bytes": size}).encode(), {"path": str(path)}
-        )
+        size = path.stat().st_size if path.is_file() else None  # to hash gigabytes would keep a run waiting
+        told = json.dumps({"name": path.name, "bytes": size}).encode()
+        yield Thing("model", _name(path.name), told, {"path": str(path)})
 
 
 def _manifest_of(folder: Path) -> bytes:

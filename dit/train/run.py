@@ -109,7 +109,7 @@ class Run:
             self.judging.check(self.parts.subject(denoiser, self.latent, seed=self.cfg.seed, batch_size=1))
         begins = not checkpoint.committed(self.folder / "checkpoints")
         self.init = self._initial() if "_target_" in self.cfg.init and begins else None
-        self.resolved = OmegaConf.to_container(self.cfg, resolve=True)
+        self.resolved: Any = OmegaConf.to_container(self.cfg, resolve=True)
         self.resume_from = self.world.once(self._claim)
         self.step = checkpoint.step_of(self.resume_from) if self.resume_from else 0
 

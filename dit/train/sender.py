@@ -103,22 +103,19 @@ class Skips:
             return None
         new = new[: new.rfind(b"\n") + 1]
         self._place += len(new)
-        lines = []
+        lines: list[dict[str, Any]] = []
         for text in new.splitlines():
             with suppress(ValueError):  # half a line, as a full disk leaves it
                 lines.append(json.loads(text))
         if not lines:
             return None
-        last = lines[-1]
-        reasons = {line["reason"] for line in lines}
-        kind = "NaN" if reasons & {"loss", "gradient"} else "a spike"
-        text = f"{len(lines)} steps were left out, the last of them {last['step']} ({last['reason']})"
+        last, reasons = lines[-1], {line["reason"] for line in lines}
         if "rolled back" in reasons:
-            kind, text = (
-                "rolled back",
-                f"after step {last['step']} the weights are those of step {last.get('to')} again",
-            )
-        return kind, f"{text}; skipped.jsonl has more"
+            told = f"after step {last['step']} the weights are those of step {last.get('to')} again"
+            return "rolled back", f"{told}; skipped.jsonl has more"
+        kind = "NaN" if reasons & {"loss", "gradient"} else "a spike"
+        told = f"{len(lines)} steps were left out, the last of them {last['step']} ({last['reason']})"
+        return kind, f"{told}; skipped.jsonl has more"
 
 
 class Lineage:
@@ -169,6 +166,27 @@ def figures(summary: Mapping[str, Any]) -> dict[str, Any]:
     if not rows:
         return {}
     return {"distances": wandb.plot.bar(wandb.Table(["figure", "value"], rows), "figure", "value", "Distances")}
+
+
+def evaluations(folder: Path) -> list[dict[str, Any]]:
+    """What `dit evaluate` has written of a run, each with `figures` and `settings`."""
+    path = folder / "evaluation.jsonl"
+    found = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        with suppress(ValueError):  # half a line
+            found.append(json.loads(text))
+    return [record for record in found if isinstance(record, dict) and {"figures", "settings"} <= record.keys()]
+
+
+def judged(folder: Path) -> dict[str, Any]:
+    """The last evaluation, and the plot of several, for the summary."""
+    import wandb
+
+    found = evaluations(folder)
+    told = {f"evaluation/{name}": value for name, value in (found[-1]["figures"] if found else {}).items()}
+    if (plot := folder / "evaluation.png").exists():
+        told["evaluation/plot"] = wandb.Image(str(plot))
+    return told
 
 
 def begin(order: Mapping[str, Any]) -> Any:
@@ -249,7 +267,7 @@ def farewell(folder: Path, summary: Mapping[str, Any], step: int, in_order: bool
         return "done", ", ".join(told), "INFO"
     if in_order:
         return "stopped", f"saved at step {step}; the same command, or SLURM, goes on from there", "INFO"
-    ended = {}
+    ended: dict[str, Any] = {}
     with suppress(OSError, ValueError, LookupError):
         last = max((path for path in (folder / "attempts").glob("*.json")), key=lambda path: path.name)
         ended = json.loads(last.read_bytes())["ended"] or {}
@@ -334,7 +352,8 @@ def main() -> None:
             if ended:
                 break
         had, summary = run.summary, summary_of(folder, backlog.last_line)
-        run.summary.update({name: v for name, v in summary.items() if had.get(name) != v})
+        told = {**summary, **judged(folder)}
+        run.summary.update({name: v for name, v in told.items() if had.get(name) != v})
         alert(*farewell(folder, summary, backlog.last_line.get("step", order["after"]), in_order))
         run.finish(exit_code=0 if in_order else 1)
     except BaseException as error:
