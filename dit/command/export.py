@@ -1,5 +1,6 @@
 """dit export: the weights of a run for others."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,15 +10,17 @@ from dit import __version__
 from dit.command.compose import ConfigError, check_choices, check_least, check_run_name, check_texts, user_errors
 from dit.command.existing import weights_of
 from dit.train import saved
+from dit.train.kind import autoencodes
 from dit.weights import export
+from dit.weights.push import push
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERBATIM = ("path",)
+VERBATIM = ("path", "licence")
+FORMATS = ("native", "diffusers", "pt2", "onnx")
 TOLERATED = 0.05  # of the norm of a profile
 REFUSED = 0.5
-COMMON = (1, 2, 4, 8)  # steps whose times are said of a student that takes any number
 
 
 def check(cfg: DictConfig) -> None:
@@ -29,15 +32,37 @@ def check(cfg: DictConfig) -> None:
     check_run_name(cfg.run)
     check_texts(cfg, ["path"])
     weights = weights_of(cfg)
-    choices = {"weights": weights, "precision": ("float32", "bfloat16"), "format": ("native",)}
+    choices = {"weights": weights, "precision": ("float32", "bfloat16"), "format": FORMATS}
     check_choices(cfg, {**choices, "overwrite": (True, False)})
-    check_least(cfg, {"step": 0}, ["ema_std"])
+    check_least(cfg, {"step": 0, "batch_size": 1}, ["ema_std", "shard_gb"])
+    for key in ("licence", "push"):
+        if cfg[key] is not None:
+            check_texts(cfg, [key])
+    if cfg.push is not None and not 0 < str(cfg.push).find("/") < len(cfg.push) - 1:
+        raise ConfigError(f"push={cfg.push}: give a repository of the hub, like push=name/model")
+    if cfg.batch_size is not None and cfg.format not in ("pt2", "onnx"):
+        raise ConfigError(f"batch_size={cfg.batch_size} is for format=pt2 and format=onnx; others take any")
+    _check_format(cfg)
     if cfg.ema_std is None:
         return
     if cfg.ema_std > 0.288:
         raise ConfigError(f"ema_std={cfg.ema_std} must lie in (0, 0.288], like 0.10")
     if cfg.weights != "ema":
         raise ConfigError(f"give weights={cfg.weights} or ema_std={cfg.ema_std}, not both")
+
+
+def _check_format(cfg: DictConfig) -> None:
+    """See whether what a run trains can be had in a format."""
+    with user_errors():
+        had = saved.config(Path(cfg.runs_dir) / str(cfg.run))
+    if cfg.format == "native":
+        return
+    if autoencodes(had):
+        raise ConfigError(f"format={cfg.format} is for denoisers: take format=native, or the run's folder vae/")
+    if cfg.format in ("pt2", "onnx") and "dit.condition.text.Text" in str(had.condition):
+        raise ConfigError(f"format={cfg.format} is for networks that are told no text: take format=native or diffusers")
+    if had.guidance.get("weak"):
+        raise ConfigError(f"format={cfg.format} has no place for a second network, guidance.weak: take format=native")
 
 
 def tell_apart(cfg: DictConfig, suffix: str) -> None:
@@ -56,6 +81,7 @@ def main(cfg: DictConfig) -> int:
         import torch
 
         from dit.train import trained
+        from dit.train.exporting import Exporting
 
         about: dict[str, Any] = {"dit": __version__, "format": cfg.format, "precision": cfg.precision}
         if cfg.ema_std is None:
@@ -77,9 +103,12 @@ def main(cfg: DictConfig) -> int:
                 print(f"dit: WARNING: that is much; take {way_out}")
         about |= {"parameters": sum(t.numel() for t in weights.values())}
         record = _few_step(folder, had, about)
-        about |= {"config": OmegaConf.to_container(had, resolve=True)}
-        export.native(path, _cast(weights, getattr(torch, cfg.precision)), about, record, overwrite=cfg.overwrite)
-    print(f"{about['parameters']:,} parameters of step {about['step']}, {cfg.precision}: {path}")
+        weights = _cast(weights, getattr(torch, cfg.precision))
+        exporting = Exporting(folder, had, weights, about, record, licence=cfg.licence, shard_gb=cfg.shard_gb)
+        export.commit(path, partial(exporting.write, batch_size=cfg.batch_size), overwrite=cfg.overwrite)
+        print(f"{about['parameters']:,} parameters of step {about['step']}, {cfg.precision}: {path}")
+        if cfg.push is not None:
+            print(f"pushed to {push(path, cfg.push)}")
     return 0
 
 
@@ -87,6 +116,7 @@ def _few_step(folder: Path, had: Any, about: dict[str, Any]) -> dict[str, Any] |
     """How a student is drawn, and how well, which its configuration then says, too; None: it is none."""
     from dit.train import trained
     from dit.train.build import build
+    from dit.train.exporting import COMMON
 
     few_step = trained.few_step_at(folder, about["step"])
     if few_step is None:
