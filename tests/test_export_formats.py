@@ -14,11 +14,13 @@ import pytest
 import torch
 
 import dit
-from dit.command.compose import compose
+from dit.command import export as command
+from dit.command.compose import ConfigError, compose
 from dit.noise.denoiser import Denoiser
 from dit.train.build import Parts
 from dit.train.exporting import Exporting
 from dit.weights import export
+from dit.weights.convert import dit_to_diffusers
 from dit.weights.manifest import DamagedError
 
 diffusers = pytest.importorskip("diffusers")
@@ -440,6 +442,43 @@ def test_the_card_says_what_matters(trained, tmp_path):
     assert "| function evaluations | 8 |" in card and "ClassifierFree of scale 2" in card and "digits/train" in card
     assert (path / "samples.png").read_bytes() == bytes([5])
     assert "not stated" in (written(run, tmp_path / "other", "native") / "README.md").read_text()
+
+
+@pytest.mark.parametrize("convention", ["published", "diffusers_dit"])
+def test_published_weights_are_exported_and_sampled(trained, tmp_path, convention):
+    """In files of either kind; an experiment says what they are of."""
+    whole = [override for override in SMALL if not override.startswith("model.")]
+    run = trained("model.hidden_size=64", "model.depth=4", "model.num_heads=4", *whole, experiment="digits")
+    published = tmp_path / "DiT-S.pt"
+    if convention == "published":
+        torch.save({"ema": run.weights}, published)
+    else:
+        model = diffusers.DiTTransformer2DModel(
+            num_attention_heads=4,
+            attention_head_dim=16,
+            in_channels=1,
+            num_layers=4,
+            sample_size=8,
+            patch_size=4,
+            num_embeds_ada_norm=10,
+        )
+        model.load_state_dict(dit_to_diffusers(run.weights))
+        model.save_pretrained(published / "transformer")
+    overrides = ["run=dit_s", f"published={published}", "recipe=digits", f"convention={convention}"]
+    cfg = compose("export", [*overrides, f"path={tmp_path}/exports/dit_s"])
+    command.check(cfg)
+    assert command.main(cfg) == 0
+    x = start(run)
+    found = dit.load(tmp_path / "exports" / "dit_s").latents(label=LABELS, noise=(x.double() / 0.99998).to(x))
+    assert apart(found, drawn(run)) <= 1e-3  # 0.99998 is rounded
+    about = (tmp_path / "exports" / "dit_s" / "config.json").read_text()
+    assert str(tmp_path) not in about and '"published": "DiT-S.pt"' in about
+    with pytest.raises(ConfigError, match="leave weights=, step= and ema_std= out"):
+        command.check(compose("export", [*overrides, f"path={tmp_path}/other", "step=3"]))
+    with pytest.raises(ConfigError, match="recipe=null: give a name or a path"):
+        command.check(compose("export", [*overrides, f"path={tmp_path}/other", "recipe=null"]))
+    with pytest.raises(ConfigError, match="recipe=digits is that of published weights"):
+        command.check(compose("export", ["run=x", f"path={tmp_path}/other", "recipe=digits"]))
 
 
 def test_push_uploads_what_was_written(tmp_path):

@@ -174,6 +174,7 @@ class Exporting:
         facts = {
             "run": cfg["run"],
             "weights": self.about.get("weights") or f"an average of std {self.about['ema_std']:g}",
+            "published as": self.about.get("published"),
             "trained for": f"{self.about['step']:,} steps of {cfg['trainer']['batch_size']} images",
             "data": _data_said(data),
             "classes": cfg["condition"].get("num_classes"),
@@ -184,6 +185,8 @@ class Exporting:
             "prediction": _short(cfg["prediction"]),
             "latent space": "pixels" if cfg["latent"]["_target_"] == PIXELS else cfg["latent"].get("name"),
         }
+        if self.about.get("published"):
+            facts |= dict.fromkeys(("weights", "trained for", "data"))
         if not cfg["sampler"]:
             return facts
         steps, scale = cfg["sampler"]["num_steps"], cfg["guidance"].get("scale", 1.0)

@@ -50,6 +50,8 @@ def commit(path: Path, write: Callable[[Path], None], *, overwrite: bool = False
         raise
     manifest.write(partial)
     for file in (*partial.rglob("*"), partial):
+        if file.is_file():
+            shutil.copymode(partial / manifest.MANIFEST, file)  # safetensors' are their writer's alone
         sync(file)
     if path.exists():
         path.rename(old)
