@@ -290,6 +290,18 @@ def test_a_stock_pipeline_draws_what_the_run_does(trained, tmp_path, overrides, 
     assert scheduler["_class_name"] == name and not list(pickles(path))
 
 
+@pytest.mark.parametrize("closed", ["false", "true"])
+def test_a_stock_pipeline_of_half_the_bytes(trained, tmp_path, closed):
+    """Theirs has its table of positions in float32, and an embedder of time that is fitted anew is rounded once more."""
+    run = trained("sampler=ddim", "sampler.num_steps=10", f"model.closed_frequencies={closed}")
+    path = written(run, tmp_path / "out", "diffusers", torch.bfloat16)
+    whole = written(run, tmp_path / "whole", "diffusers")
+    half, full = ((p / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size for p in (path, whole))
+    assert half < 0.6 * full
+    latents, _ = theirs(path, 10)
+    assert apart(latents, drawn(run, denoiser_of(run, torch.bfloat16))) <= BFLOAT16
+
+
 @pytest.mark.parametrize(
     ("overrides", "name"),
     [
