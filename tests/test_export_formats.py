@@ -288,11 +288,13 @@ def test_a_stock_pipeline_draws_what_the_run_does(trained, tmp_path, overrides, 
     assert (decoded - images).abs().max() <= FLOAT32
     scheduler = json.loads((path / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler["_class_name"] == name and not list(pickles(path))
+    card = (path / "README.md").read_text()
+    assert f"guidance_scale={scale:g}, num_inference_steps={run.cfg.sampler.num_steps})" in card and "exact in" in card
 
 
 @pytest.mark.parametrize("closed", ["false", "true"])
 def test_a_stock_pipeline_of_half_the_bytes(trained, tmp_path, closed):
-    """Theirs has its table of positions in float32, and an embedder of time that is fitted anew is rounded once more."""
+    """Theirs has its table of positions in float32, and a fitted embedder of time is rounded once more."""
     run = trained("sampler=ddim", "sampler.num_steps=10", f"model.closed_frequencies={closed}")
     path = written(run, tmp_path / "out", "diffusers", torch.bfloat16)
     whole = written(run, tmp_path / "whole", "diffusers")

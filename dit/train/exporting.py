@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from dit.noise.flow import Flow
 from dit.train import checkpoint, saved
 from dit.train.build import PIXELS, Parts, build
 from dit.weights import export, program, stock
@@ -57,6 +58,7 @@ class Exporting:
         self.few_step = few_step
         self.licence = licence
         self.most_bytes = int(shard_gb * 1e9)
+        self.exact: str | None = None  # of a stock pipeline, in which numbers of steps
         self.config: Any = OmegaConf.to_container(had, resolve=True)
         self.about = {**about, "data": self._data(about)}
 
@@ -99,7 +101,10 @@ class Exporting:
         except NotStockError as error:
             print(f"with pipeline.py beside the weights, as diffusers has not all parts: {error}")
             return self._own_pipeline(to)
-        print(f"a stock DiTPipeline with {scheduler.name}, exact in {_listed(self._steps())} steps")
+        self.exact = f"{_listed(self._steps())} steps"
+        print(f"a stock DiTPipeline with {scheduler.name}, exact in {self.exact}")
+        if not self.config["model"].get("closed_frequencies") and not isinstance(parts.schedule, Flow):
+            self.exact += ", as the network's frequencies of time are not diffusers'"
         self.config["model"]["closed_frequencies"] = True
         self.config["latent"] |= {"name": export.VAE, "subfolder": None, "scale": None, "shift": None}
         scale, steps = self.config["guidance"].get("scale", 1.0), self.config["sampler"]["num_steps"]
@@ -183,6 +188,7 @@ class Exporting:
             "teacher's guidance": teacher.get("scale"),
             "noise": _short(cfg["noise"]),
             "prediction": _short(cfg["prediction"]),
+            "this pipeline is exact in": self.exact,
             "latent space": "pixels" if cfg["latent"]["_target_"] == PIXELS else cfg["latent"].get("name"),
         }
         if self.about.get("published"):
