@@ -13,6 +13,33 @@ The rooms, in the order in which data flows; an import may only go down a floor:
     metric      how good, how varied and how likely images are                            0
     model       the networks                                                              0
     noise       schedules, predictions, weights, times, grids, the denoiser               0
+
+`dit.load` draws with what `dit export` has written.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from dit.train.model import Model
+
 __version__ = "0.1.0"
+
+
+def load(path: "str | Path") -> "Model":
+    """An export, or a run, ready to draw: `load("weights/digits").sample(label=[0, 1, 2], seed=0)`.
+
+    Args:
+        path: its folder.
+
+    Returns:
+        See `dit.train.model.Model`.
+
+    Raises:
+        ValueError: if there is none, or it is an autoencoder.
+        DamagedError: if a file of it is missing, or not what was written.
+    """
+    from dit.train.model import Model  # torch takes its time, and most of the command line needs none
+
+    return Model(path)

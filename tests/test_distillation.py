@@ -23,7 +23,9 @@ from dit.train.checked import checked
 from dit.train.devices import settled
 from dit.train.layout import assumed_layout
 from dit.train.run import Run
+from dit.weights import manifest
 from dit.weights.lora import merged
+from dit.weights.manifest import DamagedError
 
 STUDENTS = {
     "consistency": ["objective.target=target", "ema=target"],
@@ -429,9 +431,12 @@ def test_what_an_export_says_of_a_student_is_not_believed_blindly(kept, tmp_path
     said = json.loads(file.read_text())
     if what == "lost":
         file.unlink()
+        with pytest.raises(DamagedError, match=r"few_step\.json is missing"):
+            loaded(tmp_path, "weights", "sampler.num_steps=1")
     else:
         other = json.dumps(said | what) if isinstance(what, dict) else {"null": "null", "nested": "[" * 100_000}[what]
         file.write_text(other)
+    manifest.write(tmp_path / "weights")  # as a stranger may, too
     with pytest.raises(ConfigError, match=r"few_step\.json is missing or damaged, export it again"):
         loaded(tmp_path, "weights", "sampler.num_steps=1")
 

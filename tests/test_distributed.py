@@ -10,10 +10,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from together import copied, differences, lines, train_together, weights
 
+from dit.command import export
 from dit.command.compose import compose
+from dit.train.build import Parts
 from dit.train.launch import launch
 
 # Of sums in another order. In bfloat16 the order in which a sum is rounded matters more.
@@ -104,6 +108,28 @@ def test_two_processes_give_the_numbers_of_one(single, double, name):
     for path in sorted(pictures[1].iterdir()):
         ours, theirs = (np.asarray(Image.open(folder / path.name), int) for folder in pictures)
         assert np.abs(ours - theirs).max() <= 1, path.name
+
+
+def test_exports_of_one_state_are_bit_equal_whatever_saved_it(recipe, tmp_path):
+    """Whole, in shares or in ZeRO's flat ones: the same weights, averaged and raw, and the same file."""
+    still = ["optimizer.lr=0", "init=published", f"init.path={tmp_path}/begun.safetensors"]
+    names = ("ddp", "fsdp", "fsdp_tp", "zero3")
+    runs = {name: recipe(f"still-{name}", f"trainer={name}", *still, steps=2) for name in names}
+    generator = torch.Generator().manual_seed(3)
+    state = Parts(runs["ddp"]).denoiser().network.state_dict()
+    begun = {n: v if n == "pos_embed" else torch.randn(v.shape, generator=generator) for n, v in state.items()}
+    save_file(begun, tmp_path / "begun.safetensors")
+    assert train_together([*runs.values()], 2) == 0
+    written = {}
+    for name, run in runs.items():
+        for kept in ("ema", "model"):
+            path = tmp_path / name / kept
+            overrides = [f"run={run.run}", f"runs_dir={run.runs_dir}", f"path={path}", f"weights={kept}"]
+            assert export.main(compose("export", overrides)) == 0
+            written[name, kept] = (path / "model.safetensors").read_bytes()
+    assert len(set(written.values())) == 1
+    found = load_file(path / "model.safetensors")
+    assert all(torch.equal(found[n], value) for n, value in begun.items())
 
 
 def parts_are_those_of_one(recipe, runs):

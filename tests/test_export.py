@@ -48,7 +48,9 @@ def exported(runs, path, *overrides):
     cfg = compose("export", [f"runs_dir={runs}", f"path={path}", *overrides])
     export.check(cfg)
     assert export.main(cfg) == 0
-    assert sorted(file.name for file in path.iterdir()) == ["config.json", "model.safetensors"]
+    assert {file.name for file in path.iterdir()} - {"samples.png"} == {
+        *("README.md", "config.json", "manifest.json", "model.safetensors")
+    }
     assert not list(path.parent.glob("*.tmp")) and not list(path.parent.glob("*.old"))
     return load_file(path / "model.safetensors"), json.loads((path / "config.json").read_text())
 
@@ -137,7 +139,12 @@ def test_what_is_there_stays_unless_told_otherwise(runs, tmp_path):
         (["run=power", "step=3"], "has no checkpoint of step 3; there are 10, 20"),
         (["run=usual", "ema_std=0.1"], "kept no snapshots.* train with ema=power ema.snapshot_every_steps=N"),
         (["run=power", "precision=float16"], "precision=float16: choose one of float32, bfloat16"),
-        (["run=power", "format=onnx"], "format=onnx: choose one of native"),
+        (["run=power", "format=ckpt"], "format=ckpt: choose one of native, diffusers, pt2, onnx"),
+        (["run=power", "batch_size=4"], "batch_size=4 is for format=pt2 and format=onnx"),
+        (["run=power", "format=pt2", "batch_size=0"], "batch_size=0 must be at least 1"),
+        (["run=power", "shard_gb=0"], "shard_gb=0 must be greater than 0"),
+        (["run=power", "push=digits"], "push=digits: give a repository of the hub, like push=name/model"),
+        (["run=power", "licence=3"], "licence=3: give a name"),
         (["run=power", "path=/proc/out"], "/proc/out"),
     ],
 )

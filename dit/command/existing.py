@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
@@ -11,22 +11,9 @@ from dit.command.compose import ConfigError, check_choices, check_least, check_r
 from dit.train import saved
 
 if TYPE_CHECKING:
-    import torch
-
-    from dit.latent.latent import Latent
+    from dit.train.loaded import Loaded
 
 AS_THE_RUN_HAD_IT = ("sampler", "grid", "guidance", "extractor", "metric")
-
-
-class Loaded(NamedTuple):
-    """A run or an export, ready to be sampled."""
-
-    parts: Any  # Parts, or those of an autoencoder
-    denoiser: Any  # Denoiser, or what stands for it
-    latent: "Latent"
-    device: "torch.device"
-    step: int  # of its weights
-    scale: float  # of the guidance that is in what it draws
 
 
 def offer(overrides: Sequence[str] | None) -> None:
@@ -105,7 +92,7 @@ def check_writable(out: Path) -> None:
         raise ValueError(f"out={out} cannot be written: {error.strerror}") from error
 
 
-def load(cfg: DictConfig) -> Loaded:
+def load(cfg: DictConfig) -> "Loaded":
     """The run that a configuration names, sampled as the configuration says.
 
     Args:
@@ -117,27 +104,11 @@ def load(cfg: DictConfig) -> Loaded:
     """
     import torch
 
-    from dit.train import trained
-    from dit.train.build import parts_of
-    from dit.train.drawn import check_drawn
+    from dit.train import loaded, trained
 
     folder = Path(cfg.runs_dir) / cfg.run
-    chosen = {group: cfg[group] for group in AS_THE_RUN_HAD_IT if group in cfg}
-    had: Any = saved.config(folder)
-    asked = OmegaConf.create({**had, "runs_dir": cfg.runs_dir, **chosen})
-    path = trained.newest(folder, cfg.step)
-    step, few_step = trained.state_of(path)
-    if few_step:
-        num_steps = asked.sampler.num_steps
-        other = None if few_step.takes(num_steps) else trained.student_of(folder, num_steps)
-        way_out = "" if other is None else f", or step={other} for {num_steps}"
-        check_drawn(few_step, asked, had, way_out)
-    parts = parts_of(asked)
     device = torch.device("cuda" if cfg.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     if cfg.accelerator == "gpu" and device.type == "cpu":
         raise ValueError("accelerator=gpu, but torch sees none: choose accelerator=cpu")
-    scale = (asked.guidance or {}).get("scale", 1.0)
-    if few_step and isinstance(few_step.guidance, float | int) and few_step.guidance != 1:
-        scale = few_step.guidance
-    denoiser = trained.load(parts, path, cfg.weights).to(device)
-    return Loaded(parts, denoiser, parts.latent().to(device), device, step, scale)
+    chosen = {group: cfg[group] for group in AS_THE_RUN_HAD_IT if group in cfg} | {"runs_dir": cfg.runs_dir}
+    return loaded.load(folder, trained.newest(folder, cfg.step), chosen, cfg.weights, device)

@@ -1,23 +1,35 @@
 """dit export: the weights of a run for others."""
 
+import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from dit import __version__
-from dit.command.compose import ConfigError, check_choices, check_least, check_run_name, check_texts, user_errors
+from dit.command.compose import (
+    ConfigError,
+    check_choices,
+    check_least,
+    check_run_name,
+    check_texts,
+    compose,
+    user_errors,
+)
 from dit.command.existing import weights_of
 from dit.train import saved
+from dit.train.kind import autoencodes
 from dit.weights import export
+from dit.weights.push import push
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERBATIM = ("path",)
+VERBATIM = ("path", "licence", "published")
+FORMATS = ("native", "diffusers", "pt2", "onnx")
 TOLERATED = 0.05  # of the norm of a profile
 REFUSED = 0.5
-COMMON = (1, 2, 4, 8)  # steps whose times are said of a student that takes any number
 
 
 def check(cfg: DictConfig) -> None:
@@ -28,16 +40,44 @@ def check(cfg: DictConfig) -> None:
     """
     check_run_name(cfg.run)
     check_texts(cfg, ["path"])
-    weights = weights_of(cfg)
-    choices = {"weights": weights, "precision": ("float32", "bfloat16"), "format": ("native",)}
+    if cfg.published is not None:
+        check_texts(cfg, ["published", "recipe", "convention"])
+        if (cfg.weights, cfg.step, cfg.ema_std) != ("ema", None, None):
+            raise ConfigError("published weights are what they are: leave weights=, step= and ema_std= out")
+    elif cfg.recipe is not None:
+        raise ConfigError(f"recipe={cfg.recipe} is that of published weights: give published=<file>, or leave it out")
+    weights = weights_of(cfg) if cfg.published is None else ["ema"]
+    choices = {"weights": weights, "precision": ("float32", "bfloat16"), "format": FORMATS}
     check_choices(cfg, {**choices, "overwrite": (True, False)})
-    check_least(cfg, {"step": 0}, ["ema_std"])
+    check_least(cfg, {"step": 0, "batch_size": 1}, ["ema_std", "shard_gb"])
+    for key in ("licence", "push"):
+        if cfg[key] is not None:
+            check_texts(cfg, [key])
+    if cfg.push is not None and not 0 < str(cfg.push).find("/") < len(cfg.push) - 1:
+        raise ConfigError(f"push={cfg.push}: give a repository of the hub, like push=name/model")
+    if cfg.batch_size is not None and cfg.format not in ("pt2", "onnx"):
+        raise ConfigError(f"batch_size={cfg.batch_size} is for format=pt2 and format=onnx; others take any")
+    _check_format(cfg)
     if cfg.ema_std is None:
         return
     if cfg.ema_std > 0.288:
         raise ConfigError(f"ema_std={cfg.ema_std} must lie in (0, 0.288], like 0.10")
     if cfg.weights != "ema":
         raise ConfigError(f"give weights={cfg.weights} or ema_std={cfg.ema_std}, not both")
+
+
+def _check_format(cfg: DictConfig) -> None:
+    """See whether what a run trains can be had in a format."""
+    with user_errors():
+        had = _recipe(cfg) if cfg.published else saved.config(Path(cfg.runs_dir) / str(cfg.run))
+    if cfg.format == "native":
+        return
+    if autoencodes(had):
+        raise ConfigError(f"format={cfg.format} is for denoisers: take format=native, or the run's folder vae/")
+    if cfg.format in ("pt2", "onnx") and "dit.condition.text.Text" in str(had.condition):
+        raise ConfigError(f"format={cfg.format} is for networks that are told no text: take format=native or diffusers")
+    if had.guidance.get("weak"):
+        raise ConfigError(f"format={cfg.format} has no place for a second network, guidance.weak: take format=native")
 
 
 def tell_apart(cfg: DictConfig, suffix: str) -> None:
@@ -51,14 +91,19 @@ def main(cfg: DictConfig) -> int:
     path, folder = Path(cfg.path), Path(cfg.runs_dir) / str(cfg.run)
     with user_errors():
         export.check_free(path, cfg.overwrite)
-        had = saved.config(folder)
+        had = _recipe(cfg) if cfg.published else saved.config(folder)
 
         import torch
 
         from dit.train import lineage, trained
+        from dit.train.exporting import Exporting
 
         about: dict[str, Any] = {"dit": __version__, "format": cfg.format, "precision": cfg.precision}
-        if cfg.ema_std is None:
+        if cfg.published is not None:
+            weights = _published(had)
+            folder = Path(cfg.published)
+            about |= {"weights": "ema", "step": 0, "published": folder.name}
+        elif cfg.ema_std is None:
             source = trained.newest(folder, cfg.step)
             weights = trained.weights_of(source, cfg.weights)
             about |= {"weights": cfg.weights, "step": trained.state_of(source).step}
@@ -76,19 +121,39 @@ def main(cfg: DictConfig) -> int:
             if made.misfit > TOLERATED:
                 print(f"dit: WARNING: that is much; take {way_out}")
         about |= {"parameters": sum(t.numel() for t in weights.values())}
-        record = _few_step(folder, had, about)
-        about |= {"config": OmegaConf.to_container(had, resolve=True)}
-        export.native(path, _cast(weights, getattr(torch, cfg.precision)), about, record, overwrite=cfg.overwrite)
-        if not saved.exported(folder):
+        record = None if cfg.published else _few_step(folder, had, about)
+        weights = _cast(weights, getattr(torch, cfg.precision))
+        exporting = Exporting(folder, had, weights, about, record, licence=cfg.licence, shard_gb=cfg.shard_gb)
+        export.commit(path, partial(exporting.write, batch_size=cfg.batch_size), overwrite=cfg.overwrite)
+        print(f"{about['parameters']:,} parameters of step {about['step']}, {cfg.precision}: {path}")
+        if cfg.published is None and not saved.exported(folder):
             lineage.note_made(folder, path)
-    print(f"{about['parameters']:,} parameters of step {about['step']}, {cfg.precision}: {path}")
+        if cfg.push is not None:
+            print(f"pushed to {push(path, cfg.push)}")
     return 0
+
+
+def _recipe(cfg: DictConfig) -> DictConfig:
+    """The configuration of a run that would begin with published weights."""
+    weights = [f"init={cfg.convention}", f"init.path={json.dumps(cfg.published)}"]
+    return compose("train", [f"experiment={cfg.recipe}", *weights, f"run={cfg.run}", "data.path=unknown"])
+
+
+def _published(had: DictConfig) -> "dict[str, Tensor]":
+    """Published weights by our names; the configuration then says nothing of where they were."""
+    from dit.train.build import Parts
+    from dit.train.published import beginning
+
+    weights = beginning(had.init, had.noise, had.prediction, Parts(had).denoiser("meta").network)
+    had.init = {}
+    return weights
 
 
 def _few_step(folder: Path, had: Any, about: dict[str, Any]) -> dict[str, Any] | None:
     """How a student is drawn, and how well, which its configuration then says, too; None: it is none."""
     from dit.train import trained
     from dit.train.build import build
+    from dit.train.exporting import COMMON
 
     few_step = trained.few_step_at(folder, about["step"])
     if few_step is None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, ListConfig
 
 from dit.command.compose import ConfigError, user_errors
-from dit.command.existing import Loaded, check_picture, check_run, check_writable, load, offer
+from dit.command.existing import check_picture, check_run, check_writable, load, offer
 from dit.train import saved
 from dit.train.kind import check_denoiser
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from dit.condition.condition import Condition
     from dit.sampler.pipeline import Pipeline
+    from dit.train.loaded import Loaded
 
 prepare = offer
 VERBATIM = ("prompt", "negative_prompt")  # keys whose values are text, whatever they hold
@@ -158,7 +159,7 @@ def _labels(labels: Any, num_classes: int) -> list[int]:
     return labels
 
 
-def _edit(cfg: DictConfig, run: Loaded, pipeline: "Pipeline", pixels: "Tensor", mask: "Tensor | None") -> Any:
+def _edit(cfg: DictConfig, run: "Loaded", pipeline: "Pipeline", pixels: "Tensor", mask: "Tensor | None") -> Any:
     """Let the pipeline edit a picture; what keeps its pixels in the images drawn."""
     import torch
 
@@ -172,7 +173,7 @@ def _edit(cfg: DictConfig, run: Loaded, pipeline: "Pipeline", pixels: "Tensor", 
     return lambda images: images if mask is None else torch.where(mask, images, pixels)
 
 
-def _picture(cfg: DictConfig, run: Loaded) -> "tuple[Tensor, Tensor | None]":
+def _picture(cfg: DictConfig, run: "Loaded") -> "tuple[Tensor, Tensor | None]":
     """The pixels (C, H, W) to edit, and where to redraw them (H, W), None: everywhere; or the pixels to enlarge."""
     from PIL import Image
 

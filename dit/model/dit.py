@@ -112,6 +112,7 @@ class DiT(nn.Module):
         class_tokens_from: from this block on.
         lands: told where it will land, too, as flow maps are: `gap`. At first it does not heed it.
         guided: told the scale of the guidance that it has learned, too: `scale`. At first it does not heed it.
+        closed_frequencies: of the time, the last is 1 / 10,000 itself, as in DDPM's code and in diffusers.
         num_classes: number of classes; the label num_classes means none. 0: not told any.
         text_width: width of the text's embeddings; 0: not told any.
         pooled_width: width of a text's one embedding; 0: not told any.
@@ -146,6 +147,7 @@ class DiT(nn.Module):
         class_tokens_from: int = 0,
         lands: bool = False,
         guided: bool = False,
+        closed_frequencies: bool = False,
         num_classes: int = 0,
         text_width: int = 0,
         pooled_width: int = 0,
@@ -194,7 +196,7 @@ class DiT(nn.Module):
 
         embed = partial(BottleneckPatchEmbed, bottleneck=bottleneck) if bottleneck else PatchEmbed
         self.x_embedder = embed(told, hidden_size, patch_size)
-        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size, closed=closed_frequencies)
         self.gap_embedder = TimestepEmbedder(hidden_size) if lands else None
         self.scale_embedder = TimestepEmbedder(hidden_size) if guided else None
         self.y_embedder = LabelEmbedder(num_classes, hidden_size) if num_classes else None

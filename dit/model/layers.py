@@ -37,15 +37,17 @@ class BottleneckPatchEmbed(nn.Module):
 class TimestepEmbedder(nn.Module):
     """A scalar time as cosines and sines of geometric frequencies, then an MLP (cosines first, as published)."""
 
-    def __init__(self, hidden_size: int, num_frequencies: int = 256):
+    def __init__(self, hidden_size: int, num_frequencies: int = 256, closed: bool = False):
         super().__init__()
         self.num_frequencies = num_frequencies
+        self.closed = closed
         layers = nn.Linear(num_frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         self.mlp = nn.Sequential(*layers)
 
     def forward(self, t: Tensor) -> Tensor:
         """(B,) -> (B, D)."""
-        return self.mlp(sinusoid(t, self.num_frequencies).to(next(self.mlp.parameters()).dtype))
+        told = sinusoid(t, self.num_frequencies, closed=self.closed)
+        return self.mlp(told.to(next(self.mlp.parameters()).dtype))
 
 
 def check_width(name: str, told: Tensor | None, width: int) -> Tensor:
@@ -73,10 +75,13 @@ def beside(x: Tensor, image: Tensor | None, channels: int) -> Tensor:
     return torch.cat([x, image], dim=1)
 
 
-def sinusoid(t: Tensor, dim: int, max_period: float = 10_000) -> Tensor:
-    """[cos(t w_i), sin(t w_i)], w_i = max_period^(-i / (dim / 2)), in float32 or better: (B,) -> (B, dim)."""
+def sinusoid(t: Tensor, dim: int, max_period: float = 10_000, closed: bool = False) -> Tensor:
+    """[cos(t w_i), sin(t w_i)], w_i = max_period^(-i / (dim / 2)), in float32 or better: (B,) -> (B, dim).
+
+    Closed, exponents are over dim / 2 - 1: the last frequency is 1 / max_period itself.
+    """
     half, exact = dim // 2, torch.promote_types(t.dtype, torch.float32)
-    frequencies = torch.exp(-math.log(max_period) / half * torch.arange(half, dtype=exact, device=t.device))
+    frequencies = torch.exp(-math.log(max_period) / (half - closed) * torch.arange(half, dtype=exact, device=t.device))
     angles = t[:, None].to(exact) * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 

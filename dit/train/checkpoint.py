@@ -10,7 +10,6 @@ ranks can read: names, whole shapes, and nothing of how they were divided.
     latest                             the name of the newest
 """
 
-import hashlib
 import json
 import os
 import re
@@ -45,8 +44,8 @@ from torch.futures import Future
 from dit import __version__
 from dit.train.untrusted import Reader
 from dit.weights.export import sync
+from dit.weights.manifest import MANIFEST, fingerprint, sealed
 
-MANIFEST = "manifest.json"
 STATE = "state.json"
 METADATA = ".metadata"
 LATEST = "latest"
@@ -265,7 +264,7 @@ class Saver:
             own += [partial / STATE, partial / METADATA]
         for path in own:
             sync(path)
-        return {path.name: _fingerprint(path) for path in own}
+        return {path.name: fingerprint(path) for path in own}
 
     def _commit(self, partial: Path, final: Path, files: Mapping[str, Any]) -> None:
         manifest = {
@@ -276,7 +275,7 @@ class Saver:
             "versions": {"dit": __version__, "torch": torch.__version__, "lightning": version("lightning")},
             "files": dict(sorted(files.items())),
         }
-        (partial / MANIFEST).write_text(_sealed(manifest))
+        (partial / MANIFEST).write_text(sealed(manifest))
         sync(partial / MANIFEST)
         sync(partial)
         pointer = _pointer(final)  # while the disk may still be full without harm
@@ -522,31 +521,16 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{MANIFEST} is of format {number}, which another version of dit reads; this one reads {FORMAT}"
         )
-    if _sealed({name: value for name, value in manifest.items() if name != "sha256"}) != text:
+    if sealed({name: value for name, value in manifest.items() if name != "sha256"}) != text:
         raise ValueError(f"{MANIFEST} is not what was saved")
     return manifest
 
 
-def _sealed(manifest: Mapping[str, Any]) -> str:
-    """The text of a manifest, with the sha256 of its other lines."""
-    digest = hashlib.sha256(json.dumps(manifest, indent=1).encode()).hexdigest()
-    return json.dumps({**manifest, "sha256": digest}, indent=1) + "\n"
-
-
 def _found(path: Path, name: str) -> dict[str, Any] | None:
     """The fingerprint of a file of a checkpoint; None if there is none, or it is none of the folder's own."""
-    return _fingerprint(path / name) if re.fullmatch(r"[\w.-]+", name) and _own(path / name) else None
+    return fingerprint(path / name) if re.fullmatch(r"[\w.-]+", name) and _own(path / name) else None
 
 
 def _own(path: Path) -> bool:
     """Whether there is such a file, which is no link, nor anything that would not answer."""
     return path.exists() and stat.S_ISREG(path.lstat().st_mode)
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    size = path.stat().st_size
-    digest, buffer = hashlib.sha256(), bytearray(min(size + 1, 2**22))  # large, to ask for the interpreter seldom
-    with path.open("rb", buffering=0) as file:
-        while number := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:number])
-    return {"bytes": size, "sha256": digest.hexdigest()}

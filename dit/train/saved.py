@@ -8,7 +8,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dit.weights.export import CONFIG, WEIGHTS
+from dit.weights.export import CONFIG, INDEX, VAE, WEIGHTS
+from dit.weights.manifest import MANIFEST, DamagedError, listed
 
 NEEDED = ("noise", "prediction", "model", "condition", "latent", "objective", "sampler", "grid", "guidance", "metric")
 
@@ -25,8 +26,11 @@ def choice(runs_dir: Path) -> str:
 def config(folder: Path) -> DictConfig:
     """The configuration with which a run was trained, or of which an export was made.
 
+    An export that has its VAE within names it where it lies.
+
     Raises:
         ValueError: if there is no such run, or its configuration is damaged.
+        DamagedError: if a file of an export is missing.
     """
     about = exported(folder)
     path = folder / (CONFIG if about else "config.yaml")
@@ -40,6 +44,8 @@ def config(folder: Path) -> DictConfig:
             cfg[group]
         if "_target_" in (cfg.metric or {}):  # of a run from before there could be several
             cfg.metric = {cfg.metric._target_.split(".")[2]: cfg.metric}
+        if about and (folder / VAE).is_dir():
+            cfg.latent.update({"name": str(folder / VAE), "subfolder": None})
         return cfg
     except Exception as error:  # YAML and OmegaConf raise many kinds
         raise ValueError(f"{path} is damaged, restore it: {' '.join(str(error).split())[:200]}") from error
@@ -85,16 +91,24 @@ def exported(folder: Path) -> dict[str, Any]:
     """What an export says of itself; nothing if the folder is none.
 
     Raises:
-        ValueError: if it is damaged.
+        ValueError: if what it says is damaged.
+        DamagedError: if a file of it is missing.
     """
     path = folder / CONFIG
-    if not (folder / WEIGHTS).exists() or not path.exists():
+    if not any((folder / name).exists() for name in (MANIFEST, WEIGHTS, INDEX)):
+        return {}
+    if (folder / MANIFEST).exists() and (missing := [n for n in listed(folder) if not (folder / n).is_file()]):
+        raise DamagedError(f"{folder / missing[0]} is missing: get {folder} anew, or export it again")
+    if not path.exists():
         return {}
     try:
         about: dict[str, Any] = json.loads(path.read_bytes())
-        return {"weights": "ema", **about, "config": about["config"], "step": int(about["step"])}
+        about = {"weights": "ema", **about, "config": about["config"], "step": int(about["step"])}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged, export it again: {error}") from error
+    if about.get("manifest") and not (folder / MANIFEST).exists():
+        raise DamagedError(f"{folder / MANIFEST} is missing: get {folder} anew, or export it again")
+    return about
 
 
 def summary_of(folder: Path) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from dit.sampler.guidance import ClassifierFree, Told
 from dit.train import checkpoint, saved
 from dit.train.build import Parts
 from dit.train.kind import check_denoiser
-from dit.weights.convert import read
-from dit.weights.export import FEW_STEP, WEIGHTS
+from dit.weights import manifest
+from dit.weights.convert import diffusers_dit, read, unpadded_labels
+from dit.weights.export import FEW_STEP, TRANSFORMER, weights_file
 from dit.weights.lora import merged
 from dit.weights.post_hoc import Average, fit, reconstruct
 
@@ -28,10 +29,13 @@ def newest(folder: Path, step: int | None = None) -> Path:
     Raises:
         ValueError: if there is none.
         CheckpointError: if there are checkpoints but none is intact.
+        DamagedError: if an export is not what was written.
     """
     if about := saved.exported(folder):
         if step not in (None, about["step"]):
             raise ValueError(f"{folder} is an export of step {about['step']}, and has no step={step}")
+        if about.get("manifest"):
+            manifest.check(folder)
         return folder
     root = folder / "checkpoints"
     if step is None:
@@ -71,7 +75,9 @@ def weights_of(path: Path, name: str = "ema") -> dict[str, Tensor]:
     if about := saved.exported(path):
         if name != about["weights"]:
             raise ValueError(f"weights={name}, but {path} is an export of weights={about['weights']}")
-        return read(path / WEIGHTS)
+        if not (path / TRANSFORMER).is_dir():
+            return read(weights_file(path))
+        return unpadded_labels(diffusers_dit(path), about["config"]["condition"]["num_classes"])
     raw = checkpoint.load_weights(path, "model")  # with what is not averaged
     return merged(raw if name == "model" else raw | checkpoint.load_weights(path, name))
 

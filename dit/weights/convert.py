@@ -19,8 +19,11 @@ from dit.model.layers import sincos_positions, sinusoid
 WITHIN = ("ema", "model_ema1", "model", "state_dict")  # what a checkpoint calls its weights, averages first
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 SINGLE = "diffusion_pytorch_model.safetensors"
-INDEX = f"{SINGLE}.index.json"
-LABELS = {"y_embedder.embedding_table.weight": 1, "label_emb.weight": 0}  # and how many rows are for no class
+INDEX_SUFFIX = ".safetensors.index.json"
+INDEX = SINGLE.replace(".safetensors", INDEX_SUFFIX)
+TABLE = "y_embedder.embedding_table.weight"
+LABELS = {TABLE: 1, "label_emb.weight": 0}  # and how many rows are for no class
+EXACT = 1e-6  # of a layer's greatest output: less than float32 shows
 # Embedders that most weights do not have: of where a step lands, and of the scale of guidance.
 UNHEEDED = ("gap_embedder.", "scale_embedder.")
 OUTPUTS = tuple(f"{part}.{leaf}" for part in ("final_layer.linear", "out.2") for leaf in ("weight", "bias"))
@@ -61,7 +64,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
     file = _model_file(path) if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"{path}: no such file or folder; download the weights there, or correct the path")
-    if file.suffix not in SUFFIXES and file.name != INDEX:
+    if file.suffix not in SUFFIXES and not file.name.endswith(INDEX_SUFFIX):
         raise ValueError(f"{path}: expected one of {', '.join(SUFFIXES)}, or a folder of diffusers")
     try:
         found = _loaded(file)
@@ -216,8 +219,9 @@ def dit_from_diffusers(state: Mapping[str, Tensor], sample_size: int | None = No
 def dit_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of our DiT, as of diffusers' DiTTransformer2DModel, which loads them strictly.
 
-    Note that its frequencies of time are exponents over 127, where published and ours are over 128: a network that was
-    trained here answers a little differently there, unless `downscale_freq_shift` of its `time_proj` is 0.
+    Note that its frequencies of time are exponents over 127, where published and ours are over 128: unless it was
+    trained with `closed_frequencies`, or they were converted to them by the function of this name, a network answers
+    a little differently there.
 
     Raises:
         ValueError: if the network has what that has not, or lacks what it has: switches of our DiT, no labels, another
@@ -237,6 +241,47 @@ def dit_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         values = state[ours].chunk(len(theirs)) if ours.startswith("blocks.") else [state[ours]] * len(theirs)
         new |= {name: value.clone() for name, value in zip(theirs, values, strict=True)}
     return new
+
+
+def padded_labels(state: Mapping[str, Tensor], none: int) -> dict[str, Tensor]:
+    """The weights of our DiT with a table of labels in which `none`, and all before it that is no class, means none."""
+    table = _part(state, TABLE)  # (classes + 1, D)
+    return dict(state) | {TABLE: torch.cat([table[:-1], table[-1:].expand(none + 2 - len(table), -1)])}
+
+
+def unpadded_labels(state: Mapping[str, Tensor], num_classes: int) -> dict[str, Tensor]:
+    """The opposite of `padded_labels`."""
+    table = _part(state, TABLE)
+    return dict(state) | {TABLE: torch.cat([table[:num_classes], table[-1:]])}
+
+
+def closed_frequencies(state: Mapping[str, Tensor], told: Tensor) -> dict[str, Tensor]:
+    """The weights of our DiT for the frequencies of time of `closed_frequencies`, which are those of diffusers.
+
+    The first layer of the embedder is fitted anew, the least change that says the same of what it is told. That is
+    exact where times are few, or from a short interval, as those of flow: there the frequencies say the same.
+
+    Args:
+        state: a state dict, which stays as it is.
+        told: what the network is told of the times at which it will be asked, (N,).
+
+    Raises:
+        ValueError: if the two differ there.
+    """
+    name = "t_embedder.mlp.0.weight"
+    weight = _part(state, name).double()  # (D, cosines and sines)
+    ours, theirs = (sinusoid(told.double(), weight.shape[1], closed=closed) for closed in (False, True))  # (N, ...)
+    u, scale, v = torch.linalg.svd(theirs, full_matrices=False)
+    kept = scale > 1e-9 * scale[0]
+    missing = (ours - theirs) @ weight.T  # (N, D)
+    new = weight + ((v[kept].T / scale[kept]) @ (u[:, kept].T @ missing)).T
+    off = (theirs @ new.T - ours @ weight.T).abs().max() / (ours @ weight.T).abs().max().clamp(min=1e-12)
+    if off > EXACT:
+        raise ValueError(
+            f"the frequencies of time of diffusers cannot say what ours do at {len(told)} times of sampling (they miss "
+            f"it by {100 * off:.2g} %): take fewer steps, or train with model.closed_frequencies=true"
+        )
+    return dict(state) | {name: new.to(state[name].dtype)}
 
 
 def interpolated(pos_embed: Tensor, side: int) -> Tensor:

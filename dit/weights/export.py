@@ -1,59 +1,100 @@
-"""Weights for others: files that name neither this library nor how a run was sharded."""
+"""Weights for others: folders that name neither this library's checkpoints nor how a run was sharded."""
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from dit.weights import manifest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+INDEX = f"{WEIGHTS}.index.json"  # which shard holds what
 FEW_STEP = "few_step.json"  # how a student is drawn
+CARD, GRID = "README.md", "samples.png"
+PIPELINE, CODE = "model_index.json", "pipeline.py"  # what diffusers reads first, and code of ours for it
+VAE, TRANSFORMER, SCHEDULER = "vae", "transformer", "scheduler"  # folders
+PROGRAM, ONNX = "network.pt2", "network.onnx"
+KNOWN = {WEIGHTS, CONFIG, INDEX, FEW_STEP, CARD, GRID, PIPELINE, CODE, VAE, TRANSFORMER, SCHEDULER, PROGRAM}
+KNOWN |= {ONNX, f"{ONNX}.data", manifest.MANIFEST}
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+MOST_BYTES = 5 * 10**9  # of a file of weights
 
 
-def native(
-    path: Path,
-    weights: "Mapping[str, Tensor]",
-    config: Mapping[str, Any],
-    few_step: Mapping[str, Any] | None = None,
-    *,
-    overwrite: bool = False,
-) -> None:
-    """A folder with `model.safetensors` and `config.json`, written aside and renamed, so that it is there whole or not.
+def commit(path: Path, write: Callable[[Path], None], *, overwrite: bool = False) -> None:
+    """A folder with its manifest, written aside and renamed, so that it is there whole or not.
 
     Args:
         path: the folder.
-        weights: by name, on the CPU.
-        config: what JSON can say.
-        few_step: the same, of how a student is drawn, for `few_step.json`; None: it is none.
-        overwrite: take the place of such a folder.
+        write: fills a new folder.
+        overwrite: take the place of an export.
 
     Raises:
-        ValueError: if there is something else of the name, or such a folder that is to stay.
+        ValueError: if there is something else of the name, or an export that is to stay.
     """
-    from safetensors.torch import save_file
-
     check_free(path, overwrite)
     partial, old = (path.with_name(f"{path.name}.{suffix}") for suffix in ("tmp", "old"))
     for stale in (partial, old):
         check_free(stale, overwrite=True)
         shutil.rmtree(stale, ignore_errors=True)
     partial.mkdir(parents=True)
-    # Copies, since safetensors refuses what shares memory.
-    save_file({name: t.clone().contiguous() for name, t in weights.items()}, partial / WEIGHTS, {"format": "pt"})
-    (partial / CONFIG).write_text(json.dumps({**config, "student": few_step is not None}, indent=1) + "\n")
-    if few_step is not None:
-        (partial / FEW_STEP).write_text(json.dumps(few_step, indent=1) + "\n")
-    for file in (*partial.iterdir(), partial):
+    try:
+        write(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    manifest.write(partial)
+    for file in (*partial.rglob("*"), partial):
+        if file.is_file():
+            shutil.copymode(partial / manifest.MANIFEST, file)  # safetensors' are their writer's alone
         sync(file)
     if path.exists():
         path.rename(old)
     partial.rename(path)
     sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def save(folder: Path, weights: "Mapping[str, Tensor]", most_bytes: int = MOST_BYTES) -> None:
+    """`model.safetensors`; of more bytes than a file is to have, several, and an index of them, as others read them.
+
+    Args:
+        folder: where to.
+        weights: by name, on the CPU.
+        most_bytes: of a file; a tensor is never divided.
+    """
+    from safetensors.torch import save_file
+
+    shards = list(_shards(weights, most_bytes))
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = [WEIGHTS]
+    else:
+        where = {tensor: file for file, shard in zip(names, shards, strict=True) for tensor in shard}
+        total = sum(_bytes(t) for t in weights.values())
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+    for file, shard in zip(names, shards, strict=True):
+        # Copies, since safetensors refuses what shares memory.
+        save_file({name: weights[name].clone().contiguous() for name in shard}, folder / file, {"format": "pt"})
+
+
+def describe(folder: Path, config: Mapping[str, Any], few_step: Mapping[str, Any] | None = None) -> None:
+    """`config.json`, and of a student how it is drawn, `few_step.json`; of what JSON can say."""
+    about = {**config, "student": few_step is not None, "manifest": manifest.MANIFEST}
+    (folder / CONFIG).write_text(json.dumps(about, indent=1) + "\n")
+    if few_step is not None:
+        (folder / FEW_STEP).write_text(json.dumps(few_step, indent=1) + "\n")
+
+
+def weights_file(folder: Path) -> Path:
+    """The file of an export's weights, or the index of several."""
+    return folder / (INDEX if (folder / INDEX).exists() else WEIGHTS)
 
 
 def check_free(path: Path, overwrite: bool) -> None:
@@ -64,7 +105,8 @@ def check_free(path: Path, overwrite: bool) -> None:
     """
     if not path.exists() and not path.is_symlink():
         return
-    if path.is_symlink() or not path.is_dir() or {file.name for file in path.iterdir()} - {WEIGHTS, CONFIG, FEW_STEP}:
+    others = path.is_symlink() or not path.is_dir() or {file.name for file in path.iterdir()} - KNOWN
+    if others and (others is True or not all(SHARD.fullmatch(name) for name in others)):
         raise ValueError(f"path={path} exists and is no export: choose another path")
     if not overwrite:
         raise ValueError(f"path={path} exists: choose another path, or overwrite=true to replace it")
@@ -77,3 +119,20 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _shards(weights: "Mapping[str, Tensor]", most_bytes: int) -> Iterator[list[str]]:
+    """Names, in their order, of as many bytes as a file is to have."""
+    shard: list[str] = []
+    held = 0
+    for name, value in weights.items():
+        if shard and held + _bytes(value) > most_bytes:
+            yield shard
+            shard, held = [], 0
+        shard.append(name)
+        held += _bytes(value)
+    yield shard
+
+
+def _bytes(value: "Tensor") -> int:
+    return value.numel() * value.element_size()
