@@ -236,7 +236,7 @@ def test_what_is_asked_of_a_model_and_cannot_be(trained, tmp_path):
         ({}, "label is what this is told"),
         ({"label": [0], "caption": ["a"]}, "caption: this is told label"),
         ({"label": [10]}, "from 0 to 9"),
-        ({"label": [0, 1], "num_images": 3}, "different numbers of images are asked for: 2, 3"),
+        ({"label": [0, 1], "num_samples": 3}, "different numbers of images are asked for: 2, 3"),
     ]:
         with pytest.raises(ValueError, match=message):
             model.sample(**asked)
@@ -445,7 +445,8 @@ def test_the_card_says_what_matters(trained, tmp_path):
     run = trained("sampler.num_steps=4", "guidance.scale=2", experiment="digits")
     run.folder.mkdir()
     (run.folder / "summary.json").write_text(json.dumps({"step": 7, "frechet": 1.25, "loss": 0.1}))
-    (run.folder / "evaluation.json").write_text(json.dumps({"step": 7, "bits": 3.5, "asked": {"num_images": 20}}))
+    settings = {"step": 7, "weights": "ema", "num_samples": 20}
+    (run.folder / "evaluation.jsonl").write_text(json.dumps({"figures": {"bits": 3.5}, "settings": settings}) + "\n")
     (run.folder / "samples").mkdir()
     for step in (5, 9):
         (run.folder / "samples" / f"step-{step:08d}.png").write_bytes(bytes([step]))

@@ -22,6 +22,7 @@ from dit.command.compose import (
 from dit.command.existing import check_run, check_writable, load, offer
 from dit.command.plot import plot
 from dit.train import saved
+from dit.train.sender import evaluations
 
 if TYPE_CHECKING:
     from dit.train.world import World
@@ -207,7 +208,7 @@ def _record(cfg: DictConfig, world: "World") -> dict[str, Any]:
         if cfg.samples is not None and not judging.extractors:
             raise ValueError(f"samples={cfg.samples} are those that metrics like fid look at: choose one of them, too")
         settings = _settings(cfg, run, judging, data)
-        known = next((record for record in _records(out) if record["settings"] == settings), None)
+        known = next((record for record in evaluations(out) if record["settings"] == settings), None)
         if known and cfg.samples is None:
             return known
         key = hashlib.sha256(_text({name: settings[name] for name in DRAWN})).hexdigest()[:16]
@@ -251,17 +252,6 @@ def _told(cfg: DictConfig) -> str:
     """What is varied, in words."""
     scale = f", guidance {cfg.guidance.scale:g}" if cfg.scales is not None else ""
     return scale + (f", {cfg.sampler.num_steps} steps" if cfg.steps is not None else "")
-
-
-def _records(out: Path) -> list[dict[str, Any]]:
-    """The evaluations of before; a line that was cut off is none."""
-    found = []
-    for line in out.read_text().splitlines() if out.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return [record for record in found if isinstance(record, dict) and {"figures", "settings"} <= record.keys()]
 
 
 def check_alike(records: Sequence[Mapping[str, Any]]) -> None:

@@ -134,7 +134,7 @@ def _told(folder: Path, most: int) -> Told:
         saved.summary_of(folder),
         dict(_flat(config)),
         pictures,
-        evaluations(folder),
+        evaluations(folder / "evaluation.jsonl"),
         folder / "evaluation.png",
     )
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dit.noise.flow import Flow
 from dit.train import checkpoint, saved
 from dit.train.build import PIXELS, Parts, build
+from dit.train.sender import evaluations
 from dit.weights import export, program, stock
 from dit.weights.card import USE, card
 from dit.weights.scheduler import NotStockError
@@ -219,13 +220,10 @@ class Exporting:
         if figures and summary.get("step") == self.about["step"] and self.about.get("weights") == "ema":
             keys = ("metric", "evaluation", "sampler", "grid", "guidance", "seed")
             found["figures"] = {**figures, "of": {key: self.config.get(key) for key in keys}}
-        for path in sorted(self.folder.glob("evaluation*.json")):
-            try:
-                figures = json.loads(path.read_bytes())
-            except (OSError, ValueError):
-                continue
-            if isinstance(figures, dict) and figures.get("step") == self.about["step"]:
-                found[path.stem] = figures
+        whose = {"step": self.about["step"], "weights": self.about.get("weights")}
+        for number, record in enumerate(evaluations(self.folder / "evaluation.jsonl"), 1):
+            if whose.items() <= record["settings"].items():
+                found[f"evaluation {number}"] = {**record["figures"], "of": record["settings"]}
         return found
 
 

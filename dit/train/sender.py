@@ -168,9 +168,8 @@ def figures(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {"distances": wandb.plot.bar(wandb.Table(["figure", "value"], rows), "figure", "value", "Distances")}
 
 
-def evaluations(folder: Path) -> list[dict[str, Any]]:
-    """What `dit evaluate` has written of a run, each with `figures` and `settings`."""
-    path = folder / "evaluation.jsonl"
+def evaluations(path: Path) -> list[dict[str, Any]]:
+    """What `dit evaluate` has written to a file, each with `figures` and `settings`."""
     found = []
     for text in path.read_text().splitlines() if path.exists() else []:
         with suppress(ValueError):  # half a line
@@ -182,7 +181,7 @@ def judged(folder: Path) -> dict[str, Any]:
     """The last evaluation, and the plot of several, for the summary."""
     import wandb
 
-    found = evaluations(folder)
+    found = evaluations(folder / "evaluation.jsonl")
     told = {f"evaluation/{name}": value for name, value in (found[-1]["figures"] if found else {}).items()}
     if (plot := folder / "evaluation.png").exists():
         told["evaluation/plot"] = wandb.Image(str(plot))
