@@ -236,7 +236,7 @@ def test_what_is_asked_of_a_model_and_cannot_be(trained, tmp_path):
         ({}, "label is what this is told"),
         ({"label": [0], "caption": ["a"]}, "caption: this is told label"),
         ({"label": [10]}, "from 0 to 9"),
-        ({"label": [0, 1], "num_samples": 3}, "different numbers of images are asked for: 2, 3"),
+        ({"label": [0, 1], "num_images": 3}, "different numbers of images are asked for: 2, 3"),
     ]:
         with pytest.raises(ValueError, match=message):
             model.sample(**asked)
@@ -452,7 +452,7 @@ def test_the_card_says_what_matters(trained, tmp_path):
         (run.folder / "samples" / f"step-{step:08d}.png").write_bytes(bytes([step]))
     path = written(run, tmp_path / "out", "native", licence="apache-2.0")
     card = (path / "README.md").read_text()
-    for said in ("license: apache-2.0", "samples.png", '"frechet": 1.25', '"bits": 3.5', '"num_images"', "7 steps of"):
+    for said in ("license: apache-2.0", "samples.png", '"frechet": 1.25', '"bits": 3.5', '"num_samples"', "7 steps of"):
         assert said in card
     assert "| function evaluations | 8 |" in card and "ClassifierFree of scale 2" in card and "digits/train" in card
     assert (path / "samples.png").read_bytes() == bytes([5])
