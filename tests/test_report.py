@@ -113,6 +113,14 @@ def test_a_picture_instead(tmp_path, runs):
     assert out.read_bytes()[:4] == b"\x89PNG"
 
 
+def test_many_runs_are_told_apart(tmp_path, runs):
+    names = [runs(f"{'a_long_name' * 3}-{number}", [10, 20]) for number in range(12)]
+    drawn(tmp_path, ",".join(names))
+    told = [report._told(tmp_path / "runs" / name, 4) for name in names]
+    panel = report._drawn(told, "step", pictures=False).subfigs[0].axes[0]
+    assert len({(line.get_color(), str(line._dash_pattern)) for line in panel.lines}) == 12
+
+
 def test_a_name_may_have_commas(tmp_path, runs):
     runs("a,b", [10, 20])
     assert "<h1>a,b</h1>" in drawn(tmp_path, "a,b").read_text()

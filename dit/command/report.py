@@ -108,7 +108,7 @@ def _names(cfg: DictConfig) -> list[str]:
     """The runs that are asked for; a name may have commas of its own."""
     if not isinstance(cfg.run, str):
         return [str(name) for name in (cfg.run if OmegaConf.is_list(cfg.run) else [cfg.run])]
-    whole = (Path(cfg.runs_dir) / cfg.run).is_dir()
+    whole = any(path.name == cfg.run for path in Path(cfg.runs_dir).glob("*"))  # many may be too long for a path
     return [cfg.run] if whole else list(dict.fromkeys(name.strip() for name in cfg.run.split(",")))
 
 
