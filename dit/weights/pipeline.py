@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils import numpy_to_pil
 
 
 class DitPipeline(DiffusionPipeline):
@@ -24,7 +25,7 @@ class DitPipeline(DiffusionPipeline):
         if self._model is None:
             import dit
 
-            name = str(self.name_or_path)
+            name = str(getattr(self, "name_or_path", ""))
             if not Path(name).is_dir():
                 from huggingface_hub import snapshot_download
 
@@ -71,5 +72,5 @@ class DitPipeline(DiffusionPipeline):
         else:
             images = self.model.sample(**options, **asked)
         if output_type == "pil":
-            images = self.numpy_to_pil(images.permute(0, 2, 3, 1).numpy() / 255)
+            images = numpy_to_pil(images.permute(0, 2, 3, 1).numpy() / 255)
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -76,7 +76,7 @@ def save(
     except ValueError as error:
         raise NotStockError(str(error)) from error
     channels = latent.shape[0]
-    transformer = diffusers.DiTTransformer2DModel(
+    transformer: Any = diffusers.DiTTransformer2DModel(
         num_attention_heads=model["num_heads"],
         attention_head_dim=model["hidden_size"] // model["num_heads"],
         in_channels=channels,
@@ -91,7 +91,7 @@ def save(
     if (dtype := next(iter(weights.values())).dtype) != torch.float32:
         transformer.to(dtype)
     made = getattr(diffusers, scheduler.name)(**scheduler.options)
-    pipeline = diffusers.DiTPipeline(transformer, vae, made)
+    pipeline: Any = diffusers.DiTPipeline(transformer, vae, made)
     pipeline.save_pretrained(folder, max_shard_size=most_bytes)
 
 
@@ -104,9 +104,10 @@ def _without_shift(latent: Latent) -> Any:
     """
     import diffusers
 
-    vae: Any = copy.deepcopy(getattr(latent, "vae", None))
-    if not isinstance(vae, diffusers.AutoencoderKL):
-        raise NotStockError(f"DiTPipeline wants an AutoencoderKL, not {type(vae).__name__}")
+    frozen = getattr(latent, "vae", None)
+    if not isinstance(frozen, diffusers.AutoencoderKL):
+        raise NotStockError(f"DiTPipeline wants an AutoencoderKL, not {type(frozen).__name__}")
+    vae: Any = copy.deepcopy(frozen)
     if latent.shift:
         before, after = vae.quant_conv, vae.post_quant_conv
         if before is None or after is None:
