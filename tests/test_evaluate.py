@@ -145,6 +145,7 @@ def test_mistakes_are_told_before_anything_is_drawn(where, tmp_path):
         arr_0=rng.integers(0, 256, (30, 8, 8, 3), dtype=np.uint8),
     )
     (tmp_path / "cut.npz").write_bytes((tmp_path / "bare.npz").read_bytes()[:900])
+    judged(where, "metric=fid", "num_samples=30")
     before = (where / "runs" / "one" / "evaluation.jsonl").read_bytes()
     for words, message in {
         ("metric=fid", f"reference={tmp_path}/none.npz"): "there is no such file",
