@@ -64,8 +64,8 @@ def check(cfg: DictConfig) -> None:
             raise ConfigError(f"reference={cfg.reference} exists: take another name, or overwrite=true")
         return
     check_run(cfg, {"num_samples": 20})
-    choices = {"labels": ("in_turn", "random"), "precision": ("float32", "bfloat16"), "keep_samples": (True, False)}
-    check_choices(cfg, choices)
+    check_choices(cfg, {"labels": ("in_turn", "random"), "precision": ("float32", "bfloat16")})
+    check_choices(cfg, {"keep_samples": (True, False)})
     if not cfg.metric:
         raise ConfigError(f"run={cfg.run} has no metric of its own: choose one, like metric=fid or metric=likelihood")
     for key, least in {"scales": 0.0, "steps": 1}.items():

@@ -24,6 +24,9 @@ class Backbone(Extractor):
         ImportError: if timm is missing, an optional dependency.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, model: str, size: int | None = None, path: str | None = None, pretrained: bool = True):
         super().__init__()
         if find_spec("timm") is None:

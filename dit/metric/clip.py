@@ -1,6 +1,7 @@
 """CLIP's embeddings of images."""
 
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ class Clip(Extractor):
         ImportError: if transformers is missing, an optional dependency.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, name: str, revision: str | None = None):
         super().__init__()
         if find_spec("transformers") is None:
@@ -28,13 +32,15 @@ class Clip(Extractor):
         from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
         try:
-            self.network = CLIPVisionModelWithProjection.from_pretrained(name, revision=revision)
-            processor = CLIPImageProcessor.from_pretrained(name, revision=revision)
+            options: dict[str, Any] = {} if revision is None else {"revision": revision}
+            self.network: Any = CLIPVisionModelWithProjection.from_pretrained(name, **options)
+            processor: Any = CLIPImageProcessor.from_pretrained(name, **options)
         except Exception as error:  # the hub raises many kinds
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"extractor.name={name} is no CLIP that can be had ({reason})") from error
         self.name = f"clip/{name}"
-        self.size = int(self.network.config.image_size)
+        config: Any = self.network.config
+        self.size: int = config.image_size
         self.resize = f"bicubic to {self.size}, antialiased"
         self.register_buffer("mean", torch.tensor(processor.image_mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(processor.image_std)[:, None, None], persistent=False)
