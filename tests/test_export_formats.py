@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 import dit
 from dit.command import export as command
@@ -446,7 +447,12 @@ def test_the_card_says_what_matters(trained, tmp_path):
     run.folder.mkdir()
     (run.folder / "summary.json").write_text(json.dumps({"step": 7, "frechet": 1.25, "loss": 0.1}))
     settings = {"step": 7, "weights": "ema", "num_samples": 20}
-    (run.folder / "evaluation.jsonl").write_text(json.dumps({"figures": {"bits": 3.5}, "settings": settings}) + "\n")
+    settings |= {
+        group: OmegaConf.to_container(run.cfg[group], resolve=True) for group in ("sampler", "grid", "guidance")
+    }
+    records = [{"figures": {"bits": 3.5}, "settings": settings}]
+    records += [{"figures": {"bits": 9.5}, "settings": {**settings, "guidance": {"scale": 7}}}]
+    (run.folder / "evaluation.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (run.folder / "samples").mkdir()
     for step in (5, 9):
         (run.folder / "samples" / f"step-{step:08d}.png").write_bytes(bytes([step]))
@@ -454,6 +460,7 @@ def test_the_card_says_what_matters(trained, tmp_path):
     card = (path / "README.md").read_text()
     for said in ("license: apache-2.0", "samples.png", '"frechet": 1.25', '"bits": 3.5', '"num_samples"', "7 steps of"):
         assert said in card
+    assert "9.5" not in card  # of another guidance
     assert "| function evaluations | 8 |" in card and "ClassifierFree of scale 2" in card and "digits/train" in card
     assert (path / "samples.png").read_bytes() == bytes([5])
     assert "not stated" in (written(run, tmp_path / "other", "native") / "README.md").read_text()

@@ -221,6 +221,7 @@ class Exporting:
             keys = ("metric", "evaluation", "sampler", "grid", "guidance", "seed")
             found["figures"] = {**figures, "of": {key: self.config.get(key) for key in keys}}
         whose = {"step": self.about["step"], "weights": self.about.get("weights")}
+        whose |= {group: self.config.get(group) for group in ("sampler", "grid", "guidance")}  # as it will be drawn
         for number, record in enumerate(evaluations(self.folder / "evaluation.jsonl"), 1):
             if whose.items() <= record["settings"].items():
                 found[f"evaluation {number}"] = {**record["figures"], "of": record["settings"]}
