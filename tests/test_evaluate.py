@@ -154,6 +154,7 @@ def test_mistakes_are_told_before_anything_is_drawn(where, tmp_path):
         ("metric=fid", f"reference={tmp_path}/wide.npz"): "statistics of 2048 features, but the extractor small",
         ("metric=kid", f"reference={tmp_path}/bare.npz"): "has statistics alone, but kid reads images",
         ("metric=fid", "extractor=inception", "extractor.path=/nowhere"): r"extractor\.path=/nowhere: there is no",
+        ("metric=kid", "num_samples=500"): "subset_size=1000, but there are 500 images",
         ("metric=fid", "num_samples=5"): "num_samples=5 must be at least 20",
         ("metric=[fid,kod]",): "no such option; did you mean kid",
         ("metric=fid", "scales=[1,-2]"): "scales=-2.* must be at least 0",
@@ -178,6 +179,11 @@ def test_a_reference_of_statistics_gives_the_figure_of_the_images(where, tmp_pat
     assert theirs["figures"] == pytest.approx(ours["figures"], rel=1e-9)
     with pytest.raises(ValueError, match="not judged alike"):
         evaluate.check_alike([ours, theirs])
+
+
+def test_too_few_samples_are_told_before_training(config):
+    with pytest.raises(ValueError, match="subset_size=1000, but there are 500 images"):
+        Run(config("run=few", "metric=kid", "evaluation.every_steps=3", "evaluation.few_images=500"))
 
 
 def weights(run):

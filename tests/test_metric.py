@@ -173,7 +173,7 @@ def test_other_figures_by_hand(features):
     found = inception_score(seen(torch.randn(60, 3), 4, logits=logits), None, split_size=20)
     assert found == pytest.approx({"inception_score": scores.mean(), "inception_score_std": scores.std()}, rel=1e-6)
     assert fid(seen(features[0]), seen(features[0])) == pytest.approx(0, abs=1e-10)
-    with pytest.raises(ValueError, match="subset_size=1300, but there are 1500 samples and 1200"):
+    with pytest.raises(ValueError, match="subset_size=1300, but there are 1200 images"):
         kid(*map(seen, features), subset_size=1300)
 
 

@@ -204,7 +204,7 @@ def _record(cfg: DictConfig, world: "World") -> dict[str, Any]:
             partial(torch.autocast, run.device.type, torch.bfloat16) if cfg.precision == "bfloat16" else nullcontext
         )
         subject = run.parts.subject(run.denoiser, run.latent, seed=cfg.seed, batch_size=cfg.batch_size, within=narrow)
-        judging.check(subject)
+        judging.check(subject, [cfg.num_samples])
         if cfg.samples is not None and not judging.extractors:
             raise ValueError(f"samples={cfg.samples} are those that metrics like fid look at: choose one of them, too")
         settings = _settings(cfg, run, judging, data)

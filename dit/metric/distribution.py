@@ -23,6 +23,16 @@ class Distribution(NamedTuple):
         """Layers whose rows it reads."""
         return getattr(_plain(self.figure), "rows", ())
 
+    def check(self, num_images: int) -> None:
+        """See beforehand whether so many samples will do.
+
+        Raises:
+            ValueError: if not.
+        """
+        check = getattr(_plain(self.figure), "check", None)
+        if check:
+            check(num_images, **getattr(self.figure, "keywords", {}))
+
 
 def _plain(function: Any) -> Any:
     """A function without the arguments that were set."""

@@ -1,5 +1,7 @@
 """Distances by kernels: maximum mean discrepancies."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -28,11 +30,7 @@ def kid(
         ValueError: if there are fewer images than a subset has.
     """
     x, y = samples.rows("pool").double(), reference.rows("pool").double()
-    if subset_size > min(len(x), len(y)):
-        raise ValueError(
-            f"metric.kid.figure.subset_size={subset_size}, but there are {len(x)} samples and {len(y)} of the "
-            f"reference: take at most {min(len(x), len(y))}"
-        )
+    check_subsets(min(len(x), len(y)), subset_size)
     random = np.random.RandomState(seed)
     found = []
     for _ in range(num_subsets):
@@ -41,7 +39,21 @@ def kid(
     return {"kid": float(np.mean(found)), "kid_std": float(np.std(found))}
 
 
+def check_subsets(num_images: int, subset_size: int = 1000, **others: Any) -> None:
+    """See whether there are enough images for a subset.
+
+    Raises:
+        ValueError: if not.
+    """
+    if subset_size > num_images:
+        raise ValueError(
+            f"metric.kid.figure.subset_size={subset_size}, but there are {num_images} images: take a smaller one, or "
+            "more images"
+        )
+
+
 kid.rows = ("pool",)  # type: ignore[attr-defined]
+kid.check = check_subsets  # type: ignore[attr-defined]
 
 
 def cmmd(samples: Seen, reference: Seen, *, sigma: float = 10.0, scale: float = 1000.0) -> float:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,8 +79,8 @@ class Judging:
         """By metric, what tells its extractor from others."""
         return {name: group.look.about for group in self._groups.values() for name in group.metrics}
 
-    def check(self, subject: Subject) -> None:
-        """See beforehand whether all can judge a model.
+    def check(self, subject: Subject, numbers: Sequence[int]) -> None:
+        """See beforehand whether all can judge a model, by each of some numbers of samples.
 
         Raises:
             ValueError: if not, with the way out.
@@ -89,6 +89,9 @@ class Judging:
             check(metric, subject)
         for group in self._groups.values():
             self._check_reference(group)
+            for distribution in group.metrics.values():
+                for number in numbers:
+                    distribution.check(number)
 
     def __call__(
         self,

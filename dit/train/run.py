@@ -106,7 +106,9 @@ class Run:
                 print(f"dit: WARNING: captions were read by {text}, but prompts will be by {self.cfg.condition.name}")
         self.judging = self._judging()
         if self.judging:
-            self.judging.check(self.parts.subject(denoiser, self.latent, seed=self.cfg.seed, batch_size=1))
+            how = self.cfg.evaluation
+            numbers = [how.num_images, *([how.few_images] if how.every_steps else [])]
+            self.judging.check(self.parts.subject(denoiser, self.latent, seed=self.cfg.seed, batch_size=1), numbers)
         begins = not checkpoint.committed(self.folder / "checkpoints")
         self.init = self._initial() if "_target_" in self.cfg.init and begins else None
         self.resolved: Any = OmegaConf.to_container(self.cfg, resolve=True)
