@@ -13,6 +13,7 @@ from dit.command.compose import ConfigError, compose
 from dit.train import checkpoint
 from dit.train.run import Run
 from dit.train.samples import Kept
+from dit.train.world import World
 
 TINY = [
     *("experiment=digits", "metric=none", "logger=none", "model.hidden_size=16", "model.depth=1", "model.num_heads=2"),
@@ -103,6 +104,12 @@ def test_what_was_drawn_is_not_drawn_again(where, monkeypatch):
     more = judged(where, "metric=fid", *words[1:], "num_samples=200")
     assert drawn == [3] and more["figures"]["fid"] != first["figures"]["fid"]
     shutil.rmtree(folder)
+    (where / "runs" / "one" / "evaluation.jsonl").unlink()
+    assert judged(where, "metric=fid", *words[1:], "num_samples=200") == more  # of samples that were all drawn anew
+    kept = Kept(folder, World())
+    with pytest.raises(ConfigError, match="these samples are being drawn just now"):
+        judged(where, "metric=fid", *words[1:], "num_samples=100")
+    kept.drop()
 
 
 def test_all_that_moves_a_figure_is_noted(where):

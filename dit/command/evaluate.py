@@ -30,7 +30,19 @@ if TYPE_CHECKING:
 VERBATIM = ("reference", "samples", "out")
 # What moves a figure but is not compared by it: figures are compared only where all of these agree.
 ALIKE = ("metric", "extractors", "reference", "image_size", "num_samples", "labels", "precision")
-DRAWN = ("step", "weights", "sampler", "grid", "guidance", "seed", "batch_size", "labels", "precision", "device")
+DRAWN = (
+    "step",
+    "weights",
+    "sha256",
+    "sampler",
+    "grid",
+    "guidance",
+    "seed",
+    "batch_size",
+    "labels",
+    "precision",
+    "device",
+)
 
 
 def configuration(overrides: Sequence[str]) -> str:
@@ -212,7 +224,7 @@ def _record(cfg: DictConfig, world: "World") -> dict[str, Any]:
         if known and cfg.samples is None:
             return known
         key = hashlib.sha256(_text({name: settings[name] for name in DRAWN})).hexdigest()[:16]
-        kept = Kept(folder / "evaluation" / key) if judging.extractors else None
+        kept = Kept(folder / "evaluation" / key, world) if judging.extractors else None
     world.say(f"dit: judging {cfg.num_samples:,} samples of run={cfg.run} at step {run.step}{_told(cfg)}")
     with user_errors():
         how = {"seed": cfg.seed, "labels": cfg.labels, **({"drawn": kept} if kept else {})}
@@ -231,6 +243,8 @@ def _record(cfg: DictConfig, world: "World") -> dict[str, Any]:
 
 def _settings(cfg: DictConfig, run: Any, judging: Any, data: Any) -> dict[str, Any]:
     """All that moves a figure."""
+    from dit.weights.identity import sha256
+
     resolved: Any = OmegaConf.to_container(cfg, resolve=True)
     if judging.statistics:
         reference = {"file_sha256": _sha256(Path(cfg.reference))}
@@ -239,6 +253,7 @@ def _settings(cfg: DictConfig, run: Any, judging: Any, data: Any) -> dict[str, A
     return {
         "run": str(cfg.run),
         "step": run.step,
+        "sha256": sha256(run.denoiser),
         **{name: resolved[name] for name in ("weights", "sampler", "grid", "guidance", "metric")},
         **{name: resolved[name] for name in ("num_samples", "labels", "seed", "batch_size", "precision")},
         "extractors": judging.extractors,

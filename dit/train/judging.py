@@ -118,10 +118,10 @@ class Judging:
             for group in self._groups.values():  # before anything is drawn
                 self._see_reference(group)
             seen = {key: group.begin() for key, group in self._groups.items()}
-            told = self._told(subject, num_images, labels, seed)
+            told = self._told(subject, -(-num_images // batch_size) * batch_size, labels, seed)
             for number, images in self._samples(subject, told, num_images, batch_size, drawn):
                 for key, group in self._groups.items():
-                    seen[key].add(number, group.look(images))
+                    seen[key].add(number, group.look(images[: num_images - number * batch_size]))
             for key, group in self._groups.items():
                 self._share(seen[key])
                 assert group.reference
@@ -141,30 +141,30 @@ class Judging:
         """Over the processes that draw; others, of tensor parallelism, draw the same."""
         return self.world.sum(tensor) * self.size / self.world.size
 
-    def _told(self, subject: Subject, num_images: int, labels: str, seed: int) -> Callable[[range], Samples]:
-        """What the network is told of samples of some numbers."""
+    def _told(self, subject: Subject, most: int, labels: str, seed: int) -> Callable[[range], Samples]:
+        """What the network is told of samples of some numbers, the same however many there are."""
         if subject.restores or not set(subject.fields) <= {"label"}:
-            held_out = self.data.read("held_out", most=num_images)
+            held_out = self.data.read("held_out", most=most)
             there = len(held_out["image"])
             return lambda numbers: rows(held_out, torch.tensor([number % there for number in numbers]))
         classes = subject.num_classes or 1
         if labels == "random":
-            drawn = Draw(seed, 0, range(num_images), num_images).uniform("labels")
-            all_labels = (drawn * classes).long()
-            return lambda numbers: {"label": all_labels[numbers.start : numbers.stop]}
+            return lambda numbers: {"label": (Draw(seed, 0, numbers, len(numbers)).uniform("labels") * classes).long()}
         return lambda numbers: {"label": torch.arange(numbers.start, numbers.stop) % classes}
 
     def _samples(
         self, subject: Subject, told: Callable[[range], Samples], num_images: int, batch_size: int, drawn: Drawn
     ) -> Any:
-        """This process's parts of the samples, with their numbers; all processes call the network equally often."""
+        """This process's parts of the samples, all of one size, with their numbers.
+
+        All processes call the network equally often, as each may have but a share of the weights.
+        """
         num_parts = -(-num_images // batch_size)
         for first in range(0, num_parts, self.size):
             number = first + self.rank
             extra = number >= num_parts
             start = (first if extra else number) * batch_size
-            numbers = range(start, min(start + batch_size, num_images))
-            draw = partial(subject.draw, told(numbers), start)
+            draw = partial(subject.draw, told(range(start, start + batch_size)), start)
             if extra:
                 draw()
             else:

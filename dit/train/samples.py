@@ -1,12 +1,16 @@
 """Samples that are kept on the disk until all are judged."""
 
+import fcntl
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from dit.train.world import World
 
 
 class Kept:
@@ -14,11 +18,26 @@ class Kept:
 
     Args:
         folder: made here; of samples that are drawn alike.
+        world: the processes that draw them together; others are refused meanwhile.
+
+    Raises:
+        ValueError: if others do.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, world: World):
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        self._lock: TextIO | None = None
+        world.once(self._claim)
+
+    def _claim(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{self.folder}: these samples are being drawn just now: wait until they are") from None
+        except OSError:
+            pass  # a file system without locks
 
     def __call__(self, number: int, draw: Callable[[], Tensor]) -> Tensor:
         """The part of a number, uint8 (N, C, H, W): that of before, or drawn now and written, whole or not at all."""
