@@ -11,6 +11,7 @@ from test_conf import dit
 from dit.command import evaluate
 from dit.command.compose import ConfigError, compose
 from dit.train import checkpoint
+from dit.train.reference import chosen
 from dit.train.run import Run
 from dit.train.samples import Kept
 from dit.train.world import World
@@ -151,6 +152,7 @@ def test_mistakes_are_told_before_anything_is_drawn(where, tmp_path):
         sigma=np.eye(2048),
         arr_0=rng.integers(0, 256, (30, 8, 8, 3), dtype=np.uint8),
     )
+    np.savez(tmp_path / "wide_bare.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "bare.npz").read_bytes()[:900])
     judged(where, "metric=fid", "num_samples=30")
     before = (where / "runs" / "one" / "evaluation.jsonl").read_bytes()
@@ -159,6 +161,8 @@ def test_mistakes_are_told_before_anything_is_drawn(where, tmp_path):
         ("metric=fid", f"reference={tmp_path}/cut.npz"): "is no .npz that can be read",
         ("metric=fid", f"reference={tmp_path}/large.npz"): "of images of 16 pixels, but the run draws 8",
         ("metric=fid", f"reference={tmp_path}/wide.npz"): "statistics of 2048 features, but the extractor small",
+        ("metric=fid", f"reference={tmp_path}/wide_bare.npz"): "statistics of 2048 features, but the extractor small",
+        ("metric=sfid", f"reference={tmp_path}/bare.npz"): "no statistics of spatial features, nor images",
         ("metric=kid", f"reference={tmp_path}/bare.npz"): "has statistics alone, but kid reads images",
         ("metric=fid", "extractor=inception", "extractor.path=/nowhere"): r"extractor\.path=/nowhere: there is no",
         ("metric=kid", "num_samples=500"): "subset_size=1000, but there are 500 images",
@@ -233,3 +237,13 @@ def test_figures_while_training_do_not_depend_on_the_processes(tmp_path, tiny, t
         found[name] = [line, json.loads((folder / "summary.json").read_text())]
     for one, two in zip(*found.values(), strict=True):
         assert two["fid"] == pytest.approx(one["fid"], rel=1e-4) and two["kid"] == pytest.approx(one["kid"], abs=1e-4)
+
+
+@pytest.mark.parametrize(("first", "number", "total", "most"), [(0, 10, 10, 20), (0, 100, 100, 7), (0, 40, None, 9)])
+def test_images_of_a_reference_are_evenly_spaced(first, number, total, most):
+    whole = chosen(first, number, total, most)
+    assert whole.sum() == min(number, most)
+    parts = [chosen(start, min(7, number - start), total, most) for start in range(0, number, 7)]
+    assert torch.equal(torch.cat(parts), whole)
+    gaps = whole.nonzero()[:, 0].diff()
+    assert total is None or total <= most or set(gaps.tolist()) <= {total // most, total // most + 1}

@@ -63,7 +63,7 @@ def check(cfg: DictConfig) -> None:
     Raises:
         ConfigError: naming the value and the way out.
     """
-    check_least(cfg, {"batch_size": 1, "processes": 1})
+    check_least(cfg, {"processes": 1})
     check_choices(cfg, {"accelerator": ("auto", "cpu", "gpu")})
     if cfg.reference is not None:
         check_texts(cfg, ["reference"])
@@ -89,7 +89,7 @@ def check(cfg: DictConfig) -> None:
             raise ConfigError(f"{key}={cfg[key]}: run={cfg.run} has no {group}.{name} to vary; leave {key} out")
     for other in _several(cfg.against):
         with user_errors():
-            saved.config(Path(cfg.runs_dir) / str(other))
+            saved.config(_folder(cfg, other))
     if cfg.samples is not None and Path(str(cfg.samples)).suffix != ".npz":
         raise ConfigError(f"samples={cfg.samples}: the file is a .npz; give a name that ends so")
     if cfg.samples is not None and (_several(cfg.scales) or _several(cfg.steps) or _several(cfg.against)):
@@ -163,11 +163,18 @@ def _others(cfg: DictConfig) -> list[DictConfig]:
     asked = [word for word in HydraConfig.get().overrides.task if not word.startswith(("run=", "against="))]
     found = []
     for name in names:
-        words = [*asked, f"run={name}"]
+        folder = _folder(cfg, name)
+        words = [word for word in asked if not word.startswith("runs_dir=")]
+        words += [f"run={folder.name}", f"runs_dir={folder.parent}"]
         offer(words)
         found.append(compose("evaluate", words))
         check(found[-1])
     return found
+
+
+def _folder(cfg: DictConfig, name: Any) -> Path:
+    """That of a run or export to compare with: a name below runs_dir, or a path."""
+    return Path(str(name)) if "/" in str(name) else Path(cfg.runs_dir) / str(name)
 
 
 def _varied(cfg: DictConfig) -> Iterator[DictConfig]:
@@ -187,6 +194,7 @@ def _record(cfg: DictConfig, world: "World") -> dict[str, Any]:
     import torch
 
     from dit.train.build import build
+    from dit.train.files import append
     from dit.train.judging import Judging, check_metrics
     from dit.train.samples import Kept
 
@@ -220,36 +228,38 @@ def _record(cfg: DictConfig, world: "World") -> dict[str, Any]:
         if cfg.samples is not None and not judging.extractors:
             raise ValueError(f"samples={cfg.samples} are those that metrics like fid look at: choose one of them, too")
         settings = _settings(cfg, run, judging, data)
-        known = next((record for record in evaluations(out) if record["settings"] == settings), None)
+        known = world.once(lambda: next((r for r in evaluations(out) if r["settings"] == settings), None))
         if known and cfg.samples is None:
             return known
         key = hashlib.sha256(_text({name: settings[name] for name in DRAWN})).hexdigest()[:16]
         kept = Kept(folder / "evaluation" / key, world) if judging.extractors else None
     world.say(f"dit: judging {cfg.num_samples:,} samples of run={cfg.run} at step {run.step}{_told(cfg)}")
     with user_errors():
-        how = {"seed": cfg.seed, "labels": cfg.labels, **({"drawn": kept} if kept else {})}
+        how: dict[str, Any] = {"seed": cfg.seed, "labels": cfg.labels, **({"drawn": kept} if kept else {})}
         figures = judging(subject, cfg.num_samples, cfg.batch_size, **how)
     record = {"figures": figures, "settings": settings}
     world.gathered(None)  # all have drawn
     if world.is_first:
-        with out.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        append(out, record)
         if kept and cfg.samples is not None:
             kept.write(Path(cfg.samples), cfg.num_samples)
-        if kept and not cfg.keep_samples:
+        if kept and cfg.keep_samples:
+            kept.stay()
+        if kept:
             kept.drop()
     return record
 
 
 def _settings(cfg: DictConfig, run: Any, judging: Any, data: Any) -> dict[str, Any]:
     """All that moves a figure."""
+    from dit.train.reference import ROWS
     from dit.weights.identity import sha256
 
     resolved: Any = OmegaConf.to_container(cfg, resolve=True)
     if judging.statistics:
-        reference = {"file_sha256": _sha256(Path(cfg.reference))}
+        reference: dict[str, Any] = {"file_sha256": _sha256(Path(cfg.reference))}
     else:
-        reference = {"training_images": data.fingerprint()}
+        reference = {"training_images": data.fingerprint_of_images("train"), "rows": ROWS}
     return {
         "run": str(cfg.run),
         "step": run.step,
@@ -322,7 +332,7 @@ def _say(cfg: DictConfig, records: Sequence[Mapping[str, Any]]) -> None:
 def _make_reference(cfg: DictConfig, world: "World", kind: str) -> None:
     """Statistics of data, by all processes, and the first images."""
     from dit.train.build import build
-    from dit.train.judging import Look
+    from dit.train.look import Look
     from dit.train.reference import make_reference
 
     path = Path(cfg.reference)
@@ -335,7 +345,7 @@ def _make_reference(cfg: DictConfig, world: "World", kind: str) -> None:
         if not data.has_images(cfg.split):
             raise ValueError(f"the {cfg.split} shards have no images: give shards of images as data.path")
         look = Look(build(cfg.extractor)(), world.device(kind))
-        total = make_reference(path, data, cfg.split, look, world, num_images=cfg.num_images, size=cfg.batch_size)
+        total = make_reference(path, data, cfg.split, look, world, num_images=cfg.num_images)
     world.say(f"  {'statistics of':<28} {total:,} images, by {look.about['name']}")
     world.say(f"  {'written to':<28} {path}, {path}.json")
 

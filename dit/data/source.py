@@ -73,6 +73,14 @@ class Source(ABC):
     def fingerprint(self) -> str:
         """What tells these training samples from others."""
 
+    def fingerprint_of_images(self, split: str) -> str:
+        """What tells the images of a split from others; of encoded shards these lie elsewhere."""
+        return f"{split} {self.fingerprint()}"
+
+    def count(self, split: str) -> int | None:
+        """The number of images of a split; None, where nobody knows."""
+        return None
+
     @abstractmethod
     def batches(
         self,

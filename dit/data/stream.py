@@ -169,6 +169,14 @@ class Stream(Source):
         """What tells these training samples from others."""
         return "+".join(found.fingerprint for found in self.shards.indices)
 
+    def fingerprint_of_images(self, split: str) -> str:
+        """That of the shards of images of a split."""
+        return "+".join(found.fingerprint for found in self._of(split).indices)
+
+    def count(self, split: str) -> int:
+        """The number of samples of a split."""
+        return self._of(split).total
+
     def first(self) -> dict[str, Any]:
         """The first training sample that can be used, as a batch of one."""
         wanted = self.decoder.files()

@@ -23,6 +23,12 @@ class Distribution(NamedTuple):
         """Layers whose rows it reads."""
         return getattr(_plain(self.figure), "rows", ())
 
+    @property
+    def reference_rows(self) -> tuple[str, ...]:
+        """Those of the reference that it reads."""
+        found: tuple[str, ...] = getattr(_plain(self.figure), "reference_rows", self.rows)
+        return found
+
     def check(self, num_images: int) -> None:
         """See beforehand whether so many samples will do.
 

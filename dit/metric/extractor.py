@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 
@@ -31,11 +32,16 @@ def coloured(images: Tensor) -> Tensor:
 
 
 def check_file(path: str | Path, key: str, way_out: str) -> Path:
-    """A file of weights that must be there.
+    """A file of weights that must be there, and hold nothing that could run code, as libraries would let it.
 
     Raises:
-        ValueError: if it is not.
+        ValueError: if it does not.
     """
     if not Path(path).is_file():
         raise ValueError(f"{key}={path}: there is no such file; {way_out}")
+    if Path(path).suffix != ".safetensors":
+        try:
+            torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds
+            raise ValueError(f"{key}={path} is no file of weights alone; {way_out}") from error
     return Path(path)

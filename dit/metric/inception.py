@@ -41,10 +41,6 @@ class Inception(Extractor):
 
         there = Path(hub.get_dir()) / "checkpoints" / FILE if path is None else path
         file = check_file(there, "extractor.path", f"download {URL} there, or choose another extractor=")
-        try:  # torch-fidelity would run what a pickle says
-            torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many kinds
-            raise ValueError(f"extractor.path={file} is no file of weights alone; get it from {URL}") from error
         self.network = FeatureExtractorInceptionV3(self.name, ["2048", "logits_unbiased"], str(file))
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._note)
         self._spatial = torch.empty(0)

@@ -45,10 +45,10 @@ def check_subsets(num_images: int, subset_size: int = 1000, **others: Any) -> No
     Raises:
         ValueError: if not.
     """
-    if subset_size > num_images:
+    if not 2 <= subset_size <= num_images:
         raise ValueError(
-            f"metric.kid.figure.subset_size={subset_size}, but there are {num_images} images: take a smaller one, or "
-            "more images"
+            f"metric.kid.figure.subset_size={subset_size}, but there are {num_images} images: take at least 2, at most "
+            "as many, or more images"
         )
 
 

@@ -26,12 +26,25 @@ def prec_recall(samples: Seen, reference: Seen, *, num_neighbours: int = 3) -> d
         ValueError: if there are no more images than neighbours.
     """
     x, y = samples.rows("pool"), reference.rows("pool")
-    if num_neighbours >= min(len(x), len(y)):
-        raise ValueError(f"precision and recall need more than {num_neighbours} images, not {len(x)} and {len(y)}")
+    check_neighbours(min(len(x), len(y)), num_neighbours)
     return {"precision": _inside(x, y, num_neighbours), "recall": _inside(y, x, num_neighbours)}
 
 
+def check_neighbours(num_images: int, num_neighbours: int = 3) -> None:
+    """See whether images have so many neighbours.
+
+    Raises:
+        ValueError: if not.
+    """
+    if not 1 <= num_neighbours < num_images:
+        raise ValueError(
+            f"metric.prec_recall.figure.num_neighbours={num_neighbours} of {num_images} images: take at least 1, and "
+            "more images"
+        )
+
+
 prec_recall.rows = ("pool",)  # type: ignore[attr-defined]
+prec_recall.check = check_neighbours  # type: ignore[attr-defined]
 
 
 def _inside(images: Tensor, manifold: Tensor, k: int) -> float:

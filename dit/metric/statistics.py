@@ -1,7 +1,9 @@
 """Files of reference statistics and of samples, in the form of ADM's evaluation (`.npz`)."""
 
 import json
+import os
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,10 +43,10 @@ def write(path: Path, moments: Mapping[str, Moments], images: np.ndarray | None,
         arrays |= {mean: found.mean.cpu().numpy(), covariance: found.covariance.cpu().numpy()}
     if images is not None:
         arrays[SAMPLES] = images
-    partial = path.with_name(f"{path.name}.tmp")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with partial.open("wb") as file:
         np.savez(file, **arrays)
-    partial.rename(path)
+    partial.replace(path)
     _noted(path).write_text(json.dumps(dict(about), indent=1) + "\n")
 
 
@@ -59,21 +61,22 @@ def read(path: Path) -> Statistics:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in (*sum(LAYERS.values(), ()), SAMPLES) if name in file.files}
-        about = json.loads(_noted(path).read_bytes()) if _noted(path).exists() else {}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError) as error:
+        about = dict(json.loads(_noted(path).read_bytes())) if _noted(path).exists() else {}
+        total = int(about.get("number", UNKNOWN_NUMBER))
+    except (OSError, ValueError, TypeError, zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
         reason = " ".join(str(error).split())[:150]
         raise ValueError(f"reference={path} is no .npz that can be read, get it anew ({reason})") from error
     moments = {}
     for layer, (mean, covariance) in LAYERS.items():
         if {mean, covariance} <= arrays.keys():
             mu, sigma = arrays[mean], arrays[covariance]
-            if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not np.isfinite(sigma).all():
+            finite = np.isfinite(mu).all() and np.isfinite(sigma).all()
+            if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not finite:
                 raise ValueError(
                     f"reference={path}: {mean} {mu.shape} and {covariance} {sigma.shape} are no statistics"
                 )
-            number = int(about.get("number", UNKNOWN_NUMBER))
-            scatter = torch.from_numpy(sigma.astype(np.float64)) * (number - 1)
-            moments[layer] = Moments(number, torch.from_numpy(mu.astype(np.float64)), scatter)
+            scatter = torch.from_numpy(sigma.astype(np.float64)) * (total - 1)
+            moments[layer] = Moments(total, torch.from_numpy(mu.astype(np.float64)), scatter)
     images = arrays.get(SAMPLES)
     if images is not None and (images.dtype != np.uint8 or images.ndim != 4):
         raise ValueError(f"reference={path}: arr_0 is {images.dtype} {images.shape}, expected uint8 (N, H, W, C)")

@@ -240,7 +240,10 @@ class Figures(Callback):
         if not self.every_steps or step % self.every_steps or step == recorder.max_steps or trainer.should_stop:
             return
         with recorder.clock.of("evaluation"):
-            figures = self.judged()
+            try:
+                figures = self.judged()
+            except ValueError as error:  # of all processes alike; figures can be had later, too
+                return recorder.world.say(f"dit: WARNING: step {step} is not judged: {error}")
         if recorder.world.is_first:
             with recorder.forgiven():
                 append(recorder.path, {"step": step, **figures})

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from dit.train.world import World
 
+KEEP = "keep"
+
 
 class Kept:
     """Parts of a set of samples, each drawn once, by whichever process.
@@ -69,6 +71,13 @@ class Kept:
         partial.rename(path)
         together.unlink()
 
+    def stay(self) -> None:
+        """Keep them, whatever later evaluations of them say."""
+        (self.folder / KEEP).touch()
+
     def drop(self) -> None:
-        """Delete them."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete them, unless they are to stay."""
+        if self._lock:
+            self._lock.close()
+        if not (self.folder / KEEP).exists():
+            shutil.rmtree(self.folder, ignore_errors=True)

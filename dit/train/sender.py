@@ -134,9 +134,10 @@ class Lineage:
         import wandb
 
         path = self._folder / "lineage.jsonl"
-        texts = path.read_text().splitlines() if path.exists() else []
+        written = path.read_text() if path.exists() else ""
+        texts = written[: written.rfind("\n") + 1].splitlines()  # half a line is being written
         for text in texts[self._sent :]:
-            with suppress(ValueError, LookupError, OSError):  # half a line, as a full disk leaves it
+            with suppress(ValueError, LookupError, OSError):  # one that a full disk has cut
                 line = json.loads(text)
                 artifact = wandb.Artifact(line["name"], line["type"], metadata=line["about"])
                 artifact.add_file(str(self._folder / line["file"]), "manifest.json", policy="immutable")
@@ -227,7 +228,7 @@ def begin(order: Mapping[str, Any]) -> Any:
         )
 
     run = None
-    if online and order["rewind_to"]:
+    if online and order["rewind_to"] is not None:
         try:
             run = init(resume_from=f"{order['id']}?_step={order['rewind_to']}")
         except Exception:  # not every server can, or has got so far: what it has of later steps then stays

@@ -22,6 +22,7 @@ VAE, TRANSFORMER, SCHEDULER = "vae", "transformer", "scheduler"  # folders
 PROGRAM, ONNX = "network.pt2", "network.onnx"
 KNOWN = {WEIGHTS, CONFIG, INDEX, FEW_STEP, CARD, GRID, PIPELINE, CODE, VAE, TRANSFORMER, SCHEDULER, PROGRAM}
 KNOWN |= {ONNX, f"{ONNX}.data", manifest.MANIFEST}
+KNOWN |= {"evaluation.jsonl", "evaluation.png", "evaluation"}  # that of `dit evaluate`
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 MOST_BYTES = 5 * 10**9  # of a file of weights
 
