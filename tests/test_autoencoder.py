@@ -174,7 +174,17 @@ def test_a_run_leaves_a_vae_that_diffusers_reads(vae_config, tmp_path):
     lines, summary = metrics(run.folder), json.loads((run.folder / "summary.json").read_text())
     assert lines[-1]["loss"] < lines[0]["loss"] and summary["psnr"] > 5 and "psnr_told" not in summary
     names = {path.name for path in run.folder.iterdir()} - {".lock"}
-    assert names == {"attempts", "config.yaml", "metrics.jsonl", "samples", "summary.json", "checkpoints", "vae"}
+    lineage = {"lineage", "lineage.jsonl"}
+    assert names == {
+        "attempts",
+        "config.yaml",
+        "metrics.jsonl",
+        "samples",
+        "summary.json",
+        "checkpoints",
+        "vae",
+        *lineage,
+    }
     vae = diffusers.AutoencoderKL.from_pretrained(run.folder / "vae")
     average = checkpoint.load_weights(checkpoint.newest(run.folder / "checkpoints"), "ema")
     assert all(torch.equal(value, average[name]) for name, value in vae.named_parameters())

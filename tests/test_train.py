@@ -98,7 +98,8 @@ def test_a_run_stopped_at_any_step_goes_on_bit_equal(undisturbed, tmp_path, digi
 
 def test_a_run_leaves_the_folder_of_the_design(undisturbed):
     names = {path.name for path in undisturbed.iterdir()} - {".lock"}
-    assert names == {"attempts", "config.yaml", "metrics.jsonl", "samples", "summary.json", "checkpoints"}
+    lineage = {"lineage", "lineage.jsonl"}
+    assert names == {"attempts", "config.yaml", "metrics.jsonl", "samples", "summary.json", "checkpoints", *lineage}
     assert OmegaConf.load(undisturbed / "config.yaml").model.input_size == 8  # resolved
     assert [path.name for path in checkpoint.committed(undisturbed / "checkpoints")] == [
         "step-00000035",
