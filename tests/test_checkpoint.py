@@ -314,7 +314,7 @@ def test_a_save_that_fails_is_said_once_and_tried_again(tmp_path, capsys, small_
     assert is_of(checkpoint.newest(tmp_path), 6, 40_000)
 
 
-@pytest.mark.parametrize("where", ["_begun", "_sealed", "sync", "_fingerprint"])
+@pytest.mark.parametrize("where", ["_begun", "sealed", "sync", "fingerprint"])
 def test_a_save_may_fail_anywhere(tmp_path, monkeypatch, where):
     saver = saved(tmp_path, 1)
 

@@ -60,8 +60,8 @@ def seal(path, *more):
     manifest = json.loads((path / "manifest.json").read_text())
     del manifest["sha256"]
     for name in {*manifest["files"], *more}:
-        manifest["files"][name] = checkpoint._fingerprint(path / name)
-    (path / "manifest.json").write_text(checkpoint._sealed(manifest))
+        manifest["files"][name] = checkpoint.fingerprint(path / name)
+    (path / "manifest.json").write_text(checkpoint.sealed(manifest))
 
 
 def rewrite(path, change):
@@ -178,8 +178,8 @@ def test_only_files_of_the_checkpoint_are_read(path, tmp_path, where):
     assert checkpoint.verify(path)
     manifest = json.loads((path / "manifest.json").read_text())
     del manifest["sha256"]
-    manifest["files"][where.format(tmp_path)] = checkpoint._fingerprint(tmp_path / "secret")
-    (path / "manifest.json").write_text(checkpoint._sealed(manifest))
+    manifest["files"][where.format(tmp_path)] = checkpoint.fingerprint(tmp_path / "secret")
+    (path / "manifest.json").write_text(checkpoint.sealed(manifest))
     assert "is missing" in checkpoint.verify(path)
 
 
