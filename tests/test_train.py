@@ -73,7 +73,13 @@ def wait_for_line(folder, number, process):
 
 
 @pytest.mark.parametrize(
-    ("signum", "line"), [(signal.SIGKILL, 3), (signal.SIGKILL, 24), (signal.SIGINT, 12), (signal.SIGTERM, 16)]
+    ("signum", "line"),
+    [
+        (signal.SIGKILL, 3),
+        pytest.param(signal.SIGKILL, 24, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 12, marks=pytest.mark.slow),
+        (signal.SIGTERM, 16),
+    ],
 )
 def test_a_run_stopped_at_any_step_goes_on_bit_equal(undisturbed, tmp_path, digits_dir, signum, line):
     process = start(tmp_path, digits_dir)
