@@ -25,12 +25,14 @@ from dit.train import saved
 from dit.train.sender import evaluations
 
 if TYPE_CHECKING:
+    from dit.train.judging import Judging
+    from dit.train.loaded import Loaded
     from dit.train.world import World
 
 VERBATIM = ("reference", "samples", "out")
-# What moves a figure but is not compared by it: figures are compared only where all of these agree.
+# Figures stand in one table only where all of these agree.
 ALIKE = ("metric", "extractors", "reference", "image_size", "num_samples", "labels", "precision")
-DRAWN = (
+DRAWN = (  # what moves samples
     "step",
     "weights",
     "sha256",
@@ -141,7 +143,7 @@ def work(jobs: list[DictConfig]) -> int:
         if "run" not in jobs[0]:
             _make_reference(jobs[0], world, kind)
             return 0
-        records = [_record(job, world) for cfg in jobs for job in _varied(cfg)]
+        records = [record for cfg in jobs for record in _records(cfg, world)]
         if world.is_first:
             _say(jobs[0], records)
         return 0
@@ -189,37 +191,51 @@ def _varied(cfg: DictConfig) -> Iterator[DictConfig]:
             yield job
 
 
-def _record(cfg: DictConfig, world: "World") -> dict[str, Any]:
+def _out(cfg: DictConfig) -> Path:
+    """Where the evaluations of a run are written."""
+    return Path(cfg.out) if cfg.out else Path(cfg.runs_dir) / str(cfg.run) / "evaluation.jsonl"
+
+
+def _records(cfg: DictConfig, world: "World") -> Iterator[dict[str, Any]]:
+    """All evaluations of a run, by metrics that look at its reference once."""
+    from dit.train.build import build
+    from dit.train.judging import Judging, check_metrics
+
+    judging = None
+    for job in _varied(cfg):
+        with user_errors():
+            run = load(job)
+            if judging is None:
+                trained = run.parts.cfg
+                data = build(trained.data)
+                data.check()
+                data.check_images()
+                world.once(data.prepare)
+                check_metrics(cfg.metric, trained.data.get("fields", ["label"]), trained.latent)
+                if world.is_first:
+                    check_writable(_out(cfg))
+                judging = Judging(
+                    cfg.metric,
+                    data,
+                    world=world,
+                    device=run.device,
+                    cache=Path(cfg.runs_dir) / "references",
+                    reference=cfg.reference,
+                    rank=world.rank,
+                    size=world.size,
+                )
+        yield _record(job, run, judging, world)
+
+
+def _record(cfg: DictConfig, run: "Loaded", judging: "Judging", world: "World") -> dict[str, Any]:
     """The figures of one evaluation, and all that they depend on; those of before, if they are there."""
     import torch
 
-    from dit.train.build import build
     from dit.train.files import append
-    from dit.train.judging import Judging, check_metrics
     from dit.train.samples import Kept
 
     with user_errors():
-        run = load(cfg)
-        trained = run.parts.cfg
-        data = build(trained.data)
-        data.check()
-        data.check_images()
-        world.once(data.prepare)
-        check_metrics(cfg.metric, trained.data.get("fields", ["label"]), trained.latent)
-        cache, folder = Path(cfg.runs_dir) / "references", Path(cfg.runs_dir) / str(cfg.run)
-        out = Path(cfg.out) if cfg.out else folder / "evaluation.jsonl"
-        if world.is_first:
-            check_writable(out)
-        judging = Judging(
-            cfg.metric,
-            data,
-            world=world,
-            device=run.device,
-            cache=cache,
-            reference=cfg.reference,
-            rank=world.rank,
-            size=world.size,
-        )
+        out = _out(cfg)
         narrow = (
             partial(torch.autocast, run.device.type, torch.bfloat16) if cfg.precision == "bfloat16" else nullcontext
         )
@@ -227,39 +243,40 @@ def _record(cfg: DictConfig, world: "World") -> dict[str, Any]:
         judging.check(subject, [cfg.num_samples])
         if cfg.samples is not None and not judging.extractors:
             raise ValueError(f"samples={cfg.samples} are those that metrics like fid look at: choose one of them, too")
-        settings = _settings(cfg, run, judging, data)
+        settings = _settings(cfg, run, judging)
         known = world.once(lambda: next((r for r in evaluations(out) if r["settings"] == settings), None))
         if known and cfg.samples is None:
             return known
         key = hashlib.sha256(_text({name: settings[name] for name in DRAWN})).hexdigest()[:16]
-        kept = Kept(folder / "evaluation" / key, world) if judging.extractors else None
+        parts = Path(cfg.runs_dir) / str(cfg.run) / "evaluation" / key
+        kept = Kept(parts, world) if judging.extractors else None
     world.say(f"dit: judging {cfg.num_samples:,} samples of run={cfg.run} at step {run.step}{_told(cfg)}")
     with user_errors():
         how: dict[str, Any] = {"seed": cfg.seed, "labels": cfg.labels, **({"drawn": kept} if kept else {})}
         figures = judging(subject, cfg.num_samples, cfg.batch_size, **how)
     record = {"figures": figures, "settings": settings}
-    world.gathered(None)  # all have drawn
     if world.is_first:
         append(out, record)
-        if kept and cfg.samples is not None:
-            kept.write(Path(cfg.samples), cfg.num_samples)
-        if kept and cfg.keep_samples:
-            kept.stay()
-        if kept:
+        if kept:  # by figures of all processes, which have drawn theirs
+            if cfg.samples is not None:
+                kept.write(Path(cfg.samples), cfg.num_samples)
+            if cfg.keep_samples:
+                kept.stay()
             kept.drop()
     return record
 
 
-def _settings(cfg: DictConfig, run: Any, judging: Any, data: Any) -> dict[str, Any]:
+def _settings(cfg: DictConfig, run: "Loaded", judging: "Judging") -> dict[str, Any]:
     """All that moves a figure."""
     from dit.train.reference import ROWS
     from dit.weights.identity import sha256
+    from dit.weights.manifest import fingerprint
 
     resolved: Any = OmegaConf.to_container(cfg, resolve=True)
     if judging.statistics:
-        reference: dict[str, Any] = {"file_sha256": _sha256(Path(cfg.reference))}
+        reference: dict[str, Any] = {"file_sha256": fingerprint(Path(cfg.reference))["sha256"]}
     else:
-        reference = {"training_images": data.fingerprint_of_images("train"), "rows": ROWS}
+        reference = {"training_images": judging.data.fingerprint_of_images("train"), "rows": ROWS}
     return {
         "run": str(cfg.run),
         "step": run.step,
@@ -302,7 +319,7 @@ def _say(cfg: DictConfig, records: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         ConfigError: if several were not judged alike.
     """
-    out = Path(cfg.out) if cfg.out else Path(cfg.runs_dir) / cfg.run / "evaluation.jsonl"
+    out = _out(cfg)
     if len(records) == 1:
         for name, value in records[0]["figures"].items():
             print(f"  {name:<28} {value:.4g}")
@@ -348,11 +365,6 @@ def _make_reference(cfg: DictConfig, world: "World", kind: str) -> None:
         total = make_reference(path, data, cfg.split, look, world, num_images=cfg.num_images)
     world.say(f"  {'statistics of':<28} {total:,} images, by {look.about['name']}")
     world.say(f"  {'written to':<28} {path}, {path}.json")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _text(value: Any) -> bytes:

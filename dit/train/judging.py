@@ -84,7 +84,7 @@ class Judging:
         for group in self._groups:
             if self.statistics:
                 self._check_reference(group, self.statistics)
-                group.reference = of_statistics(group, self.statistics)
+                group.reference = group.reference or of_statistics(group, self.statistics)
                 there = None if self.statistics.images is None else len(self.statistics.images)
             least = min([*numbers, *([] if there is None else [min(there, ROWS)])])
             for distribution in group.metrics.values():

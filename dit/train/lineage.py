@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 from dit.data import index
 from dit.train import checkpoint, saved
 from dit.train.files import append, replace
+from dit.weights.manifest import MANIFEST, fingerprint
 
 LINES, FILES = "lineage.jsonl", "lineage"
-MANIFEST = "manifest.json"
 ABSENT = "dit.objective.teacher.absent"  # whatever else it says
 RUN = "dit.train.trained.initial"  # begins with the weights of a run; other kinds with those of a file
 
@@ -125,7 +125,7 @@ def _models(config: Mapping[str, Any]) -> Iterator[Thing]:
 
 def _manifest_of(folder: Path) -> bytes:
     """What an export without a manifest holds."""
-    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.safetensors"))}
+    files = {path.name: fingerprint(path)["sha256"] for path in sorted(folder.glob("*.safetensors"))}
     return json.dumps({"files": files}, indent=1).encode()
 
 

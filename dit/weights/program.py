@@ -47,6 +47,6 @@ def save_onnx(path: Path, program: torch.export.ExportedProgram) -> None:
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ImportError("format=onnx needs onnx and onnxscript: pip install onnx onnxscript") from error
+        raise ImportError("format=onnx needs onnx and onnxscript: pip install 'ditforge[onnx]'") from error
     size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
     torch.onnx.export(program, (), path, dynamo=True, external_data=size > MOST_WITHIN, verbose=False)
