@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from test_conf import dit
 
 from dit.command import evaluate
@@ -39,7 +41,7 @@ def judged(where, *words, run="one"):
     cfg = compose("evaluate", asked)
     evaluate.check(cfg)
     assert evaluate.main(cfg) == 0
-    return lines(where / "runs" / run / "evaluation.jsonl")[-1]
+    return lines(Path(cfg.out) if cfg.out else where / "runs" / run / "evaluation.jsonl")[-1]
 
 
 def lines(path):
@@ -95,7 +97,7 @@ def test_what_was_drawn_is_not_drawn_again(where, monkeypatch):
     first = judged(where, "metric=fid", *words)
     assert drawn == [0, 1, 2]
     [folder] = (where / "runs" / "one" / "evaluation").iterdir()
-    (folder / "000001.npy").rename(folder / "000001.tmp")  # as if it was ended while that was written
+    (folder / "000001.npy").write_bytes((folder / "000001.npy").read_bytes()[:300])  # as a full disk leaves it
     del drawn[:]
     again = judged(where, "metric=[fid,prec_recall]", *words)
     assert drawn == [1] and again["figures"]["fid"] == first["figures"]["fid"]
@@ -111,6 +113,30 @@ def test_what_was_drawn_is_not_drawn_again(where, monkeypatch):
     with pytest.raises(ConfigError, match="these samples are being drawn just now"):
         judged(where, "metric=fid", *words[1:], "num_samples=100")
     kept.drop()
+
+
+def test_samples_of_an_evaluation_that_is_known(where, tmp_path):
+    words = ("metric=fid", "num_samples=30", "seed=3", f"out={tmp_path}/all.jsonl")
+    judged(where, *words)
+    judged(where, *words, f"samples={tmp_path}/drawn.npz")
+    assert len(lines(tmp_path / "all.jsonl")) == 1 and np.load(tmp_path / "drawn.npz")["arr_0"].shape == (30, 8, 8, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.jsonl", "drawn.npz", "evaluation"]
+
+
+def test_a_run_that_may_only_be_read_and_is_from_before_extractors(where, tmp_path):
+    folder = tmp_path / "runs" / "one"
+    shutil.copytree(where / "runs" / "one", folder, ignore=shutil.ignore_patterns("evaluation*"))
+    config = OmegaConf.load(folder / "config.yaml")
+    del config["extractor"]
+    OmegaConf.save(config, folder / "config.yaml")
+    (tmp_path / "runs" / "references").touch()  # so that nothing can be written there
+    before = sorted(folder.iterdir())
+    out = tmp_path / "all.jsonl"
+    words = ("metric=fid", "num_samples=30", f"out={out}")
+    with pytest.raises(ConfigError, match=r"extractor\.path"):
+        judged(tmp_path, *words, "extractor.path=/nowhere")
+    judged(tmp_path, *words, "extractor=small")
+    assert len(lines(out)) == 1 and sorted(folder.iterdir()) == before
 
 
 def test_all_that_moves_a_figure_is_noted(where):
@@ -154,6 +180,14 @@ def test_mistakes_are_told_before_anything_is_drawn(where, tmp_path):
     )
     np.savez(tmp_path / "wide_bare.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "bare.npz").read_bytes()[:900])
+    np.savez(tmp_path / "flat.npz", arr_0=rng.integers(0, 256, (30, 8, 9, 3), dtype=np.uint8))
+    np.savez(tmp_path / "layers.npz", arr_0=rng.integers(0, 256, (30, 8, 8, 2), dtype=np.uint8))
+    np.savez(tmp_path / "single.npz", arr_0=rng.integers(0, 256, (1, 8, 8, 3), dtype=np.uint8))
+    np.savez(tmp_path / "text.npz", mu=np.array(["a"] * 64), sigma=np.eye(64))
+    np.savez(tmp_path / "crooked.npz", mu=np.zeros(64), sigma=np.triu(np.ones((64, 64))))
+    np.savez(tmp_path / "negative.npz", mu=np.zeros(64), sigma=-np.eye(64))
+    np.savez(tmp_path / "noted.npz", mu=np.zeros(64), sigma=np.eye(64))
+    (tmp_path / "noted.npz.json").write_text('{"extractor": "small", "number": 9, "image_size": 8}')
     judged(where, "metric=fid", "num_samples=30")
     before = (where / "runs" / "one" / "evaluation.jsonl").read_bytes()
     for words, message in {
@@ -162,6 +196,16 @@ def test_mistakes_are_told_before_anything_is_drawn(where, tmp_path):
         ("metric=fid", f"reference={tmp_path}/large.npz"): "of images of 16 pixels, but the run draws 8",
         ("metric=fid", f"reference={tmp_path}/wide.npz"): "statistics of 2048 features, but the extractor small",
         ("metric=fid", f"reference={tmp_path}/wide_bare.npz"): "statistics of 2048 features, but the extractor small",
+        ("metric=fid", f"reference={tmp_path}/flat.npz"): "of images of 9 pixels, but the run draws 8",
+        ("metric=fid", f"reference={tmp_path}/layers.npz"): "of images of 2 channels, but the run draws 1",
+        ("metric=fid", f"reference={tmp_path}/single.npz"): "arr_0 has 1 images, and statistics need 2",
+        ("metric=fid", f"reference={tmp_path}/text.npz"): "mu <U1 .* are no mean and covariance",
+        ("metric=fid", f"reference={tmp_path}/crooked.npz"): "are no mean and covariance",
+        ("metric=fid", f"reference={tmp_path}/negative.npz"): "are no mean and covariance",
+        ("metric=fid", f"reference={tmp_path}/noted.npz"): r"noted\.npz\.json is damaged",
+        ("metric=fid", "extractor.num_features=0"): "extractor.num_features=0 must be at least 1",
+        ("metric=fid", "out=[a]"): r"out=\['a'\]: give a name or a path",
+        ("metric=fid", f"samples={tmp_path}/bare.npz/x.npz"): "samples=.*/x.npz cannot be written",
         ("metric=sfid", f"reference={tmp_path}/bare.npz"): "no statistics of spatial features, nor images",
         ("metric=kid", f"reference={tmp_path}/bare.npz"): "has statistics alone, but kid reads images",
         ("metric=fid", "extractor=inception", "extractor.path=/nowhere"): r"extractor\.path=/nowhere: there is no",

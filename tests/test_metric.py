@@ -269,7 +269,7 @@ def test_files_of_adms_form(tmp_path, features):
         (lambda path: path.write_bytes(b"PK\x03\x04 and no more"), "is no .npz that can be read, get it anew"),
         (lambda path: np.savez(path, x=np.zeros(3)), "has neither mu and sigma nor arr_0"),
         (lambda path: np.savez(path, arr_0=np.zeros((2, 3))), r"arr_0 is float64 \(2, 3\), expected uint8"),
-        (lambda path: np.savez(path, mu=np.zeros(3), sigma=np.eye(2)), "are no statistics"),
+        (lambda path: np.savez(path, mu=np.zeros(3), sigma=np.eye(2)), "are no mean and covariance"),
         (lambda path: np.savez(path, arr_0=np.array([print])), "cannot be loaded when allow_pickle=False|is no .npz"),
     ],
 )

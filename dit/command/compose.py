@@ -53,7 +53,8 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, ImportError, TypeError, ZeroDivisionError, OSError) as error:
-        raise ConfigError(str(error)) from error
+        file = getattr(error, "filename", None)
+        raise ConfigError(f"{file}: {error.strerror}" if isinstance(error, OSError) and file else str(error)) from error
 
 
 def launch(verb: str, command: ModuleType, arguments: Sequence[str]) -> int:

@@ -67,8 +67,7 @@ def check(cfg: DictConfig) -> None:
     """
     check_least(cfg, {"processes": 1})
     check_choices(cfg, {"accelerator": ("auto", "cpu", "gpu")})
-    if cfg.reference is not None:
-        check_texts(cfg, ["reference"])
+    check_texts(cfg, [key for key in VERBATIM if cfg.get(key) is not None])
     if "run" not in cfg:
         check_least(cfg, {"num_images": 0})
         check_choices(cfg, {"split": ("train", "held_out"), "overwrite": (True, False)})
@@ -214,6 +213,8 @@ def _records(cfg: DictConfig, world: "World") -> Iterator[dict[str, Any]]:
                 check_metrics(cfg.metric, trained.data.get("fields", ["label"]), trained.latent)
                 if world.is_first:
                     check_writable(_out(cfg))
+                    if cfg.samples is not None:
+                        check_writable(Path(cfg.samples), "samples")
                 judging = Judging(
                     cfg.metric,
                     data,
@@ -248,18 +249,18 @@ def _record(cfg: DictConfig, run: "Loaded", judging: "Judging", world: "World") 
         if known and cfg.samples is None:
             return known
         key = hashlib.sha256(_text({name: settings[name] for name in DRAWN})).hexdigest()[:16]
-        parts = Path(cfg.runs_dir) / str(cfg.run) / "evaluation" / key
-        kept = Kept(parts, world) if judging.extractors else None
+        kept = Kept(out.parent / "evaluation" / key, world) if judging.extractors else None
     world.say(f"dit: judging {cfg.num_samples:,} samples of run={cfg.run} at step {run.step}{_told(cfg)}")
     with user_errors():
         how: dict[str, Any] = {"seed": cfg.seed, "labels": cfg.labels, **({"drawn": kept} if kept else {})}
         figures = judging(subject, cfg.num_samples, cfg.batch_size, **how)
-    record = {"figures": figures, "settings": settings}
+    record = known or {"figures": figures, "settings": settings}
     if world.is_first:
-        append(out, record)
-        if kept:  # by figures of all processes, which have drawn theirs
-            if cfg.samples is not None:
-                kept.write(Path(cfg.samples), cfg.num_samples)
+        if kept and cfg.samples is not None:  # by figures of all processes, which have drawn theirs
+            kept.write(Path(cfg.samples), cfg.num_samples)
+        if not known:
+            append(out, record)
+        if kept:
             if cfg.keep_samples:
                 kept.stay()
             kept.drop()

@@ -76,8 +76,8 @@ def check_picture(out: str) -> None:
         raise ConfigError(f"out={out}: the picture is a PNG; give a name that ends in .png")
 
 
-def check_writable(out: Path) -> None:
-    """See, before anything is drawn, whether a file can be written.
+def check_writable(out: Path, key: str = "out") -> None:
+    """See, before anything is drawn, whether the file that a key names can be written.
 
     Raises:
         ValueError: if not.
@@ -89,7 +89,7 @@ def check_writable(out: Path) -> None:
         if not before:
             out.unlink()
     except OSError as error:
-        raise ValueError(f"out={out} cannot be written: {error.strerror}") from error
+        raise ValueError(f"{key}={out} cannot be written: {error.strerror}") from error
 
 
 def load(cfg: DictConfig) -> "Loaded":

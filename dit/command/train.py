@@ -9,7 +9,15 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dit.command.compose import ConfigError, check_choices, check_least, check_run_name, exit_code_of, user_errors
+from dit.command.compose import (
+    ConfigError,
+    check_choices,
+    check_least,
+    check_run_name,
+    check_texts,
+    exit_code_of,
+    user_errors,
+)
 from dit.train.goodput import BEGAN
 from dit.train.kind import autoencodes
 
@@ -63,6 +71,8 @@ def check(cfg: DictConfig) -> None:
     check_run_name(cfg.run)
     check_least(cfg, LEAST, POSITIVE)
     check_choices(cfg, CHOICES)
+    if cfg.evaluation.reference is not None:
+        check_texts(cfg, ["evaluation.reference"])
     for key in ("nodes", "devices"):
         value = cfg.trainer[key]
         if value != "auto" and not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):

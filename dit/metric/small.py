@@ -15,6 +15,9 @@ class Small(Extractor):
     Args:
         num_features: D of `pool`.
         seed: of the weights.
+
+    Raises:
+        ValueError: if there are no features.
     """
 
     resize = "none"
@@ -22,6 +25,8 @@ class Small(Extractor):
 
     def __init__(self, num_features: int = 64, seed: int = 0):
         super().__init__()
+        if num_features < 1:
+            raise ValueError(f"extractor.num_features={num_features} must be at least 1")
         self.name = f"small-{num_features}-{seed}"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -167,10 +167,17 @@ class Judging:
             ValueError: if not.
         """
         where = f"reference={self.reference}"
-        size = had.images.shape[1] if had.images is not None else had.about.get("image_size")
-        ours, name = self.data.decoder.image_size, group.look.about["name"]
-        if size not in (None, ours):
-            raise ValueError(f"{where} is of images of {size} pixels, but the run draws {ours}: give one of that size")
+        ours, channels, name = self.data.decoder.image_size, self.data.decoder.channels, group.look.about["name"]
+        sizes = {had.about.get("image_size", ours)} if had.images is None else set(had.images.shape[1:3])
+        if wrong := sizes - {ours}:
+            raise ValueError(
+                f"{where} is of images of {wrong.pop()} pixels, but the run draws {ours}: give one of that size"
+            )
+        if had.images is not None and had.images.shape[3] not in (channels, 3 if channels == 1 else channels):
+            raise ValueError(
+                f"{where} is of images of {had.images.shape[3]} channels, but the run draws {channels}: give one of "
+                "such images"
+            )
         if (known := had.about.get("extractor")) and known != group.look.about:
             raise ValueError(
                 f"{where} was seen by {known.get('name')}, but the metric looks by {name}: make one with the same "

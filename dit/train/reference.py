@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,9 @@ def of_training_images(group: Group, data: Any, world: World, rank: int, size: i
     if world.size > 1:
         seen.share(world, size)
     if world.is_first:
-        cache.mkdir(parents=True, exist_ok=True)
-        _store(file, seen, group)
+        with suppress(OSError):  # runs of others, that may only be read, are looked at anew
+            cache.mkdir(parents=True, exist_ok=True)
+            _store(file, seen, group)
     return seen
 
 

@@ -3,6 +3,7 @@
 import fcntl
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -44,7 +45,7 @@ class Kept:
     def __call__(self, number: int, draw: Callable[[], Tensor]) -> Tensor:
         """The part of a number, uint8 (N, C, H, W): that of before, or drawn now and written, whole or not at all."""
         path = self.folder / f"{number:06d}.npy"
-        if path.exists():
+        with suppress(OSError, ValueError, EOFError):  # it is not there, or damaged
             return torch.from_numpy(np.load(path)).permute(0, 3, 1, 2)
         images = draw()
         partial = path.with_suffix(".tmp")
@@ -58,18 +59,20 @@ class Kept:
         files = sorted(self.folder.glob("*.npy"))
         shape = np.load(files[0], mmap_mode="r").shape[1:]
         together = self.folder / "all.tmp"  # so that they need not be in memory
-        whole = np.lib.format.open_memmap(together, "w+", np.uint8, (number, *shape))
-        start = 0
-        for file in files:
-            part = np.load(file)[: number - start]
-            whole[start : start + len(part)] = part
-            start += len(part)
-        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.tmp")
-        with partial.open("wb") as out:
-            np.savez(out, whole)
-        partial.rename(path)
-        together.unlink()
+        try:
+            whole = np.lib.format.open_memmap(together, "w+", np.uint8, (number, *shape))
+            start = 0
+            for file in files:
+                part = np.load(file)[: number - start]
+                whole[start : start + len(part)] = part
+                start += len(part)
+            with partial.open("wb") as out:
+                np.savez(out, whole)
+            partial.rename(path)
+        finally:
+            together.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
 
     def stay(self) -> None:
         """Keep them, whatever later evaluations of them say."""

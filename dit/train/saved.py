@@ -44,6 +44,8 @@ def config(folder: Path) -> DictConfig:
             cfg[group]
         if "_target_" in (cfg.metric or {}):  # of a run from before there could be several
             cfg.metric = {cfg.metric._target_.split(".")[2]: cfg.metric}
+        if "extractor" not in cfg:  # the same; what recipes have
+            cfg.extractor = OmegaConf.load(config_dir() / "extractor" / "inception.yaml")
         if about and (folder / VAE).is_dir():
             cfg.latent.update({"name": str(folder / VAE), "subfolder": None})
         return cfg
