@@ -37,7 +37,10 @@ def plot(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         axis.set(xlabel="scale of guidance" if by_scale else "steps of the sampler", ylabel=name.replace("_", " "))
         axis.grid(alpha=0.3)
         if not by_scale:
-            axis.set_xscale("log", base=2)
+            axis.set_xscale("log")
+            asked = sorted({record["settings"]["sampler"]["num_steps"] for record in records})
+            axis.set_xticks(asked, [f"{number}" for number in asked])
+            axis.set_xticks([], minor=True)
     for axis in axes.flat[len(names) :]:
         axis.remove()
     axes.flat[0].legend(fontsize=8)
