@@ -178,6 +178,7 @@ def test_a_run_leaves_a_vae_that_diffusers_reads(vae_config, tmp_path):
     assert names == {
         "attempts",
         "config.yaml",
+        "evaluation.jsonl",
         "metrics.jsonl",
         "samples",
         "summary.json",
