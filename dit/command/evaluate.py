@@ -145,12 +145,10 @@ def work(jobs: list[DictConfig]) -> int:
         if "run" not in jobs[0]:
             _make_reference(jobs[0], world, kind)
             return 0
-        judgings = [_judging(cfg, world, kind) for cfg in jobs]
+        judges = [(cfg, _judging(cfg, world, kind)) for cfg in jobs]
         with user_errors():  # before anything is drawn
-            check_alike(
-                [{"run": cfg.run, **judged.way(_asked(cfg), by)} for cfg, by in zip(jobs, judgings, strict=True)]
-            )
-        records = [record for cfg, by in zip(jobs, judgings, strict=True) for record in _records(cfg, by, world)]
+            check_alike([{"run": cfg.run, **judged.way(_asked(cfg), judging)} for cfg, judging in judges])
+        records = [record for cfg, judging in judges for record in _records(cfg, judging, world)]
         if world.is_first:
             _say(jobs[0], records)
         return 0
@@ -254,8 +252,8 @@ def _record(cfg: DictConfig, run: "Loaded", judging: "Judging", world: "World") 
         judging.check(subject, [cfg.num_samples])
         if cfg.samples is not None and not judging.extractors:
             raise ValueError(f"samples={cfg.samples} are those that metrics like fid look at: choose one of them, too")
-        weights = {"step": run.step, "sha256": sha256(run.denoiser), "device": run.device.type}
-        settings = judged.settings(_asked(cfg), judging, **weights)
+        digest = sha256(run.denoiser)
+        settings = judged.settings(_asked(cfg), judging, step=run.step, sha256=digest, device=run.device.type)
         known = world.once(lambda: next((r for r in evaluations(out) if r["settings"] == settings), None))
         if known and cfg.samples is None:
             return known

@@ -310,7 +310,9 @@ def _evaluated(runs: Sequence[Told]) -> Iterator[str]:
         first, names = records[0]["settings"], list(records[0]["figures"])
         drawn = [_drawn_by(record["settings"]) for record in records]
         varied = [key for key, value in drawn[0].items() if any(one[key] != value for one in drawn)]
-        common = [f"{key} {_said(value)}" for key, value in drawn[0].items() if key not in varied and value is not None]
+        common = [
+            f"{key} {_said(value)}" for key, value in drawn[0].items() if key not in varied and value not in (None, "")
+        ]
         rows_said = [
             (str(record["settings"].get("run")), [*map(one.get, varied), *map(record["figures"].get, names)])
             for record, one in zip(records, drawn, strict=True)
@@ -346,15 +348,15 @@ def _drawn_by(settings: Mapping[str, Any]) -> dict[str, Any]:
     return told | {key.replace("_", " "): settings.get(key) for key in ("seed", "batch_size", "device")}
 
 
-def _named(node: Mapping[str, Any], name: str | None = None) -> str | None:
-    """A node of a configuration in words: its name, and its options; None of an empty one."""
+def _named(node: Mapping[str, Any], name: str | None = None) -> str:
+    """A node of a configuration in words: its name, and its options."""
     parts = str(node.get("_target_", "")).removesuffix(".sample").split(".")
     options = [
         f"{key} {_named(value) if isinstance(value, dict) else _said(value)}"
         for key, value in node.items()
         if key not in ("_target_", "_partial_", "runs_dir") and value is not None
     ]
-    return (name or parts[-1]) + (f" ({', '.join(options)})" if options else "") or None
+    return (name or parts[-1]) + (f" ({', '.join(options)})" if options else "")
 
 
 def _brief(value: Any) -> str:
