@@ -11,8 +11,11 @@ from omegaconf import OmegaConf
 from test_conf import dit
 
 from dit.command import evaluate
-from dit.command.compose import ConfigError, compose
+from dit.command.compose import ConfigError, compose, launch
+from dit.command.plot import plot
 from dit.train import checkpoint
+from dit.train import judged as records
+from dit.train.judged import ALIKE
 from dit.train.reference import chosen
 from dit.train.run import Run
 from dit.train.samples import Kept
@@ -147,12 +150,12 @@ def test_all_that_moves_a_figure_is_noted(where):
     assert keys <= settings.keys()
 
 
-@pytest.mark.parametrize("name", evaluate.ALIKE)
+@pytest.mark.parametrize("name", ALIKE)
 def test_unlike_figures_are_not_compared(name):
-    settings = dict.fromkeys(evaluate.ALIKE, 1) | {"run": "one"}
-    evaluate.check_alike([{"settings": settings}, {"settings": {**settings, "run": "other", "seed": 3}}])
+    settings = dict.fromkeys(ALIKE, 1) | {"run": "one"}
+    evaluate.check_alike([settings, {**settings, "run": "other", "seed": 3}])
     with pytest.raises(ValueError, match=rf"not judged alike.*{name} is 1 and 2"):
-        evaluate.check_alike([{"settings": settings}, {"settings": {**settings, name: 2}}])
+        evaluate.check_alike([settings, {**settings, name: 2}])
 
 
 def test_runs_side_by_side_over_guidance_and_steps(where):
@@ -233,7 +236,7 @@ def test_a_reference_of_statistics_gives_the_figure_of_the_images(where, tmp_pat
     ours, theirs = judged(where, *words), judged(where, *words, f"reference={path}")
     assert theirs["figures"] == pytest.approx(ours["figures"], rel=1e-9)
     with pytest.raises(ValueError, match="not judged alike"):
-        evaluate.check_alike([ours, theirs])
+        evaluate.check_alike([ours["settings"], theirs["settings"]])
 
 
 def test_too_few_samples_are_told_before_training(config):
@@ -279,6 +282,9 @@ def test_figures_while_training_do_not_depend_on_the_processes(tmp_path, tiny, t
         folder = tmp_path / "runs" / name
         [line] = [line for line in lines(folder / "metrics.jsonl") if "fid" in line]
         found[name] = [line, json.loads((folder / "summary.json").read_text())]
+        noted = lines(folder / "evaluation.jsonl")
+        assert [record["step"] for record in noted] == [3, 6]
+        assert all((record["settings"]["sha256"] is None) == (name == "two" and trainer != "ddp") for record in noted)
     for one, two in zip(*found.values(), strict=True):
         assert two["fid"] == pytest.approx(one["fid"], rel=1e-4) and two["kid"] == pytest.approx(one["kid"], abs=1e-4)
 
@@ -291,3 +297,62 @@ def test_images_of_a_reference_are_evenly_spaced(first, number, total, most):
     assert torch.equal(torch.cat(parts), whole)
     gaps = whole.nonzero()[:, 0].diff()
     assert total is None or total <= most or set(gaps.tolist()) <= {total // most, total // most + 1}
+
+
+def test_what_training_judges_is_noted_as_by_dit_evaluate(config, tmp_path, monkeypatch):
+    judging = ["metric=fid", "extractor=small", "evaluation.few_images=60", "evaluation.every_steps=3"]
+    words = ["run=noted", "trainer.max_steps=8", *judging, "evaluation.num_images=80", "evaluation.batch_size=20"]
+    folder = tmp_path / "runs" / "noted"
+    path = folder / "evaluation.jsonl"
+
+    def fit(*more):
+        assert Run(config(*words, *more)).fit() is None
+        return lines(path)
+
+    first = fit()
+    assert [(record["step"], record["settings"]["num_samples"]) for record in first] == [(3, 60), (6, 60), (8, 80)]
+    again = judged(tmp_path, "num_samples=80", "batch_size=20", run="noted")
+    assert again == first[-1] and lines(path) == first  # which has the same settings, the weights' hash among them
+    other = judged(tmp_path, "num_samples=80", "batch_size=20", "seed=1", run="noted")
+    shutil.rmtree(folder / "checkpoints" / "step-00000008")
+    assert fit() == [first[0], other, *first[1:]]  # from step 5
+    (folder / "summary.json").unlink()
+    assert fit() == [first[0], other, *first[1:]]  # as if ended before that was written
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(records, "append", full)
+    assert fit("trainer.max_steps=9") == [first[0], other, *first[1:]]
+    assert [line["step"] for line in lines(folder / "metrics.jsonl") if "fid" in line] == [3, 6]
+
+
+def test_unlike_runs_are_told_before_anything_is_drawn(where, tmp_path, monkeypatch, capsys):
+    for run, metric in {"mine": "fid", "yours": "sfid"}.items():
+        shutil.copytree(where / "runs" / "one", tmp_path / "runs" / run)
+        config = OmegaConf.load(tmp_path / "runs" / run / "config.yaml")
+        config.metric = compose("train", ["experiment=digits", f"metric={metric}", "extractor=small"]).metric
+        OmegaConf.save(config, tmp_path / "runs" / run / "config.yaml", resolve=True)
+    monkeypatch.setattr(evaluate, "load", lambda cfg: pytest.fail("weights are loaded"))
+    with pytest.raises(SystemExit, match="2"):
+        launch("evaluate", evaluate, ["run=mine", "against=yours", f"runs_dir={tmp_path}/runs", "accelerator=cpu"])
+    assert "run=mine and run=yours are not judged alike" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("against", ["one", "[other,other]", "[other,RUNS/other]"])
+def test_a_run_stands_in_a_table_once(where, against):
+    with pytest.raises(ConfigError, match="is in the table already; name each run once"):
+        judged(where, "metric=fid", f"against={against.replace('RUNS', str(where / 'runs'))}")
+
+
+def test_a_plot_over_steps_has_those_asked_for(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
+    settings = {"run": "one", "guidance": {}, "num_samples": 9, "weights": "ema"}
+    plot(
+        [{"figures": {"fid": n}, "settings": {**settings, "sampler": {"num_steps": n}}} for n in (50, 9, 10)], tmp_path
+    )
+    axis = drawn[0].axes[0].xaxis
+    assert [label.get_text() for label in axis.get_ticklabels()] == ["9", "10", "50"] and not len(
+        axis.get_minorticklocs()
+    )

@@ -39,6 +39,22 @@ def runs(tmp_path):
     return make
 
 
+@pytest.fixture
+def judged(tmp_path):
+    """Appends an evaluation to a run: of a step if training has made it."""
+
+    def append(run, fid, number, step=None, **more):
+        inception = {"name": "inception", "sha256": "1a" * 32, "resize": "to 299"}
+        settings = {"metric": {"fid": {}}, "extractors": {"fid": inception}, "reference": {"training_images": "2b" * 8}}
+        settings |= {"num_samples": number, "labels": "in_turn", "precision": "float32", "image_size": 8, "seed": 0}
+        settings |= {"run": run, "step": step or 8, "guidance": {"scale": 1.0}, "sampler": {"num_steps": 4}, **more}
+        record = {"figures": {"fid": fid}, "settings": settings} | ({} if step is None else {"step": step})
+        with (tmp_path / "runs" / run / "evaluation.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    return append
+
+
 def drawn(tmp_path, run, *overrides):
     words = [f"run={run}", f"runs_dir={tmp_path}/runs", f"out={tmp_path}/report.html", *overrides]
     quoted = [re.sub(r"^(run|out)=([^\[].*)", r'\1="\2"', word) for word in words]
@@ -58,34 +74,56 @@ def test_one_file_holds_the_curves_grids_and_figures_of_several_runs(tmp_path, r
 
 
 def test_what_runs_have_otherwise_stands_side_by_side(tmp_path, runs):
-    runs("digits", range(10, 100, 10), pictures=[90], step=90, fid=3.5)
+    runs("digits", range(10, 100, 10), pictures=[90], step=90, goodput=0.5)
     runs("other", range(10, 50, 10), "optimizer.lr=0.5")
     page = drawn(tmp_path, "digits,other").read_text()
     assert re.search(r"<td>optimizer.lr</td><td>0.00\d+</td><td>0.5</td>", page)
-    assert "<td>optimizer.betas</td>" not in page and "<td>fid</td><td>3.5</td><td>-</td>" in page
+    assert "<td>optimizer.betas</td>" not in page and "<td>goodput</td><td>0.5</td><td>-</td>" in page
     assert "Samples of digits" in page and "Samples of other" not in page
 
 
-def test_evaluations_that_were_not_made_alike_stand_in_tables_of_their_own(tmp_path, runs):
-    def judged(run, fid, scale, number):
-        settings = {"run": run, "step": 8, "weights": "ema", "guidance": {"scale": scale}, "sampler": {"num_steps": 4}}
-        settings |= {"num_samples": number, "extractors": {"fid": {"name": "inception"}}}
-        with (tmp_path / "runs" / run / "evaluation.jsonl").open("a") as file:
-            file.write(json.dumps({"figures": {"fid": fid}, "settings": settings}) + "\n")
-
+def test_evaluations_that_were_not_made_alike_stand_in_tables_of_their_own(tmp_path, runs, judged):
     for name in ("one", "two"):
         runs(name, [10, 20])
-    judged("one", 2.25, 1.0, 50000)
-    judged("one", 9.0, 3.0, 50000)
-    judged("two", 7.5, 1.0, 50000)
-    judged("two", 70.5, 1.0, 100)
+    judged("one", 2.25, 50000)
+    judged("one", 9.0, 50000, guidance={"scale": 3.0})
+    judged("two", 7.5, 50000, sha256="other weights", precision="bfloat16")
+    judged("two", 70.5, 100)
+    judged("two", 6.5, 50000)
     (tmp_path / "runs" / "one" / "evaluation.png").write_bytes(encode_png(torch.zeros(1, 8, 8, dtype=torch.uint8)))
     page = drawn(tmp_path, "one,two").read_text()
     tables = re.findall(r"<h2>Evaluated by inception, (\d+) samples each</h2>(.*?)</table>", page, re.DOTALL)
-    assert [number for number, _ in tables] == ["50000", "100"]
-    rows = [re.findall(r"<tr><td>(\w+)</td>.*<td>([\d.]+)</td></tr>", table) for _, table in tables]
-    assert rows == [[("one", "2.25"), ("one", "9"), ("two", "7.5")], [("two", "70.5")]]
+    assert [number for number, _ in tables] == ["50000", "50000", "100"]
+    rows = [re.findall(r"<tr><td>(\w+)</td>(.*)<td>([\d.]+)</td></tr>", table) for _, table in tables]
+    scales = [f"<td>{scale}</td>" for scale in (1, 3, 1)]  # what differs has a column, and the rest is said once
+    alike = list(zip(["one", "one", "two"], scales, ["2.25", "9", "6.5"], strict=True))
+    assert rows == [alike, [("two", "", "7.5")], [("two", "", "70.5")]]
+    assert "fid by inception (1a1a1a1a, resized: to 299); 50000 samples; labels in_turn; bfloat16;" in tables[1][1]
+    assert "reference: training images 2b2b2b2b" in tables[0][1] and "seed 0" in tables[0][1]
     assert "Evaluations of one" in page and "Evaluations of two" not in page
+
+
+def test_figures_of_training_stand_beside_those_judged_alike_alone(tmp_path, runs, judged):
+    """Three runs judged so, so, and otherwise; one of which nothing is noted."""
+    numbers = {"one": 100, "two": 100, "few": 50, "old": None}
+    for name, number in numbers.items():
+        runs(name, range(10, 70, 10), step=60, fid=100 / 60)
+        for step in (30, 60) if number else ():
+            judged(name, 100 / step, number, step=step)
+    page = drawn(tmp_path, ",".join(numbers)).read_text()
+    tables = re.findall(r"<h2>([^<]*)</h2>(?:<p>[^<]*</p>)?<div class=wide>(.*?)</table>", page, re.DOTALL)
+    found = {heading: re.findall(r"<tr><td>(\w+)</td>.*?<td>1.667</td></tr>", table) for heading, table in tables}
+    assert (
+        found["Evaluated by inception, 100 samples each"] == ["one", "two"] and "3.333" not in page
+    )  # the last of each
+    assert found["Evaluated by inception, 50 samples each"] == ["few"] and found["Final figures"] == []
+    assert [heading for heading, rows in found.items() if rows == ["fid"]] == [
+        f"Final figures of old, {report.UNKNOWN}"
+    ]
+    panels = report._panels([report._told(tmp_path / "runs" / name, 4) for name in numbers], "step")
+    curves = [(panel.told, [len(points) for points in panel.points]) for panel in panels if panel.figure == "fid"]
+    assert [points for _, points in curves] == [[2, 2, 0, 0], [0, 0, 2, 0], [0, 0, 0, 2]]
+    assert "100 samples" in curves[0][0] and "50 samples" in curves[1][0] and curves[2][0].startswith("old, ")
 
 
 def test_panels_have_axes_units_and_a_legend(tmp_path, runs):
@@ -95,12 +133,15 @@ def test_panels_have_axes_units_and_a_legend(tmp_path, runs):
     curves, *pictures = figure.subfigs
     panels = {panel.get_ylabel(): panel for panel in curves.axes if panel.get_ylabel()}
     assert list(panels) == ["loss", "gradient norm", "learning rate", "images / s", "fid"]
+    assert [axes.get_title() for axes in curves.axes if axes.get_ylabel() == "fid"] == [
+        f"{name}, {report.UNKNOWN}" for name in names
+    ]
     assert all(panel.get_xlabel() == "step" and len(panel.lines) == 2 for panel in panels.values())
     assert len({line.get_color() for line in panels["loss"].lines}) == 2
     assert [line.get_linestyle() for line in panels["loss"].lines] == ["-", "-"]
     assert [text.get_text() for text in curves.legends[0].get_texts()] == ["one", "two"]
     assert (panels["loss"].get_yscale(), panels["learning rate"].get_yscale()) == ("log", "linear")
-    assert list(panels["fid"].lines[0].get_xdata()) == [30, 60, 90]  # of lines of their own
+    assert list(panels["fid"].lines[1].get_xdata()) == [30, 60, 90]  # of lines of their own
     assert 20 not in panels["loss"].lines[0].get_xdata()  # which had none
     assert [part.get_suptitle() for part in pictures] == ["one", "two"]
     by_images = report._drawn(told, "images", pictures=False)

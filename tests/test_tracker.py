@@ -17,7 +17,7 @@ from dit.command import sync, train
 from dit.command.compose import ConfigError, compose
 from dit.data.image import encode_png
 from dit.train import tracker
-from dit.train.sender import Backlog, Skips, farewell, summary_of
+from dit.train.sender import Backlog, Skips, farewell, judged, summary_of
 from dit.train.tracker import WandB
 
 BLOCKED_SECONDS = 1.0  # at most, by anything but the end
@@ -224,6 +224,13 @@ def test_a_summary_of_a_shorter_run_is_not_sent(folder):
     assert summary_of(folder, {"step": 8}) == {}
     (folder / "summary.json").write_text('{"step": 8, "accuracy": 0.9}')
     assert summary_of(folder, {"step": 8})["accuracy"] == 0.9 and summary_of(folder, {"step": 9}) == {}
+
+
+def test_an_evaluation_is_sent_with_what_moves_it(folder):
+    assert judged(folder) == {}
+    records = [{"figures": {"fid": fid}, "settings": {"num_samples": 9, "seed": fid}} for fid in (1, 2)]
+    (folder / "evaluation.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert judged(folder) == {"evaluation/fid": 2, "evaluation/settings": {"num_samples": 9, "seed": 2}}
 
 
 def test_what_is_written_is_sent(folder, fake):

@@ -66,7 +66,7 @@ def folder(tmp_path_factory, digits_dir):
         assert codes == [75, 75, None]
         assert Run(student_of(folder, digits_dir, "teacher", "student")).fit() is None
     (folder / "runs" / "student" / "summary.json").write_text(json.dumps({"step": STEPS, "frechet": 2.5}))
-    judged = {"figures": {"fid": 7.5}, "settings": {"run": "student"}}
+    judged = {"figures": {"fid": 7.5}, "settings": {"run": "student", "sampler": {"churn_max": float("inf")}}}
     (folder / "runs" / "student" / "evaluation.jsonl").write_text(json.dumps(judged) + "\n")
     shutil.copy(
         folder / "runs" / "student" / "samples" / f"step-{STEPS:08d}.png",
@@ -164,6 +164,7 @@ def test_sync_makes_one_run_of_offline_parts_and_shows_the_lineage(folder, monke
         made = sorted(name for kind, name, _ in server.made if kind == "model")
         assert made == ["export-few", "weights-student", "weights-teacher"]
         assert server.summary["evaluation/fid"] == 7.5
+        assert server.summary["evaluation/settings"]["run"] == "student"
         assert server.summary["evaluation/plot"]["_type"] == "image-file"
         assert any(name.startswith("media/images/evaluation/plot") for name in server.files)
         assert server.summary["frechet"] == 2.5 and any("distances_table" in line for line in server.history)

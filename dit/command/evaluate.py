@@ -21,7 +21,7 @@ from dit.command.compose import (
 )
 from dit.command.existing import check_run, check_writable, load, offer
 from dit.command.plot import plot
-from dit.train import saved
+from dit.train import judged, saved
 from dit.train.sender import evaluations
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from dit.train.world import World
 
 VERBATIM = ("reference", "samples", "out")
-# Figures stand in one table only where all of these agree.
-ALIKE = ("metric", "extractors", "reference", "image_size", "num_samples", "labels", "precision")
 DRAWN = (  # what moves samples
     "step",
     "weights",
@@ -88,9 +86,13 @@ def check(cfg: DictConfig) -> None:
         group, name = ("guidance", "scale") if key == "scales" else ("sampler", "num_steps")
         if values and name not in (cfg[group] or {}):
             raise ConfigError(f"{key}={cfg[key]}: run={cfg.run} has no {group}.{name} to vary; leave {key} out")
+    there = {_folder(cfg, cfg.run).resolve()}
     for other in _several(cfg.against):
         with user_errors():
             saved.config(_folder(cfg, other))
+        if (folder := _folder(cfg, other).resolve()) in there:
+            raise ConfigError(f"against={cfg.against}: run={other} is in the table already; name each run once")
+        there.add(folder)
     if cfg.samples is not None and Path(str(cfg.samples)).suffix != ".npz":
         raise ConfigError(f"samples={cfg.samples}: the file is a .npz; give a name that ends so")
     if cfg.samples is not None and (_several(cfg.scales) or _several(cfg.steps) or _several(cfg.against)):
@@ -142,7 +144,10 @@ def work(jobs: list[DictConfig]) -> int:
         if "run" not in jobs[0]:
             _make_reference(jobs[0], world, kind)
             return 0
-        records = [record for cfg in jobs for record in _records(cfg, world)]
+        judges = [(cfg, _judging(cfg, world, kind)) for cfg in jobs]
+        with user_errors():  # before anything is drawn
+            check_alike([{"run": cfg.run, **judged.way(_asked(cfg), judging)} for cfg, judging in judges])
+        records = [record for cfg, judging in judges for record in _records(cfg, judging, world)]
         if world.is_first:
             _say(jobs[0], records)
         return 0
@@ -195,36 +200,39 @@ def _out(cfg: DictConfig) -> Path:
     return Path(cfg.out) if cfg.out else Path(cfg.runs_dir) / str(cfg.run) / "evaluation.jsonl"
 
 
-def _records(cfg: DictConfig, world: "World") -> Iterator[dict[str, Any]]:
-    """All evaluations of a run, by metrics that look at its reference once."""
+def _judging(cfg: DictConfig, world: "World", kind: str) -> "Judging":
+    """The metrics of all evaluations of a run, which look at its reference once."""
     from dit.train.build import build
     from dit.train.judging import Judging, check_metrics
 
-    judging = None
+    with user_errors():
+        trained = saved.config(Path(cfg.runs_dir) / str(cfg.run))
+        data = build(trained.data)
+        data.check()
+        data.check_images()
+        world.once(data.prepare)
+        check_metrics(cfg.metric, trained.data.get("fields", ["label"]), trained.latent)
+        if world.is_first:
+            check_writable(_out(cfg))
+            if cfg.samples is not None:
+                check_writable(Path(cfg.samples), "samples")
+        return Judging(
+            cfg.metric,
+            data,
+            world=world,
+            device=world.device(kind),
+            cache=Path(cfg.runs_dir) / "references",
+            reference=cfg.reference,
+            rank=world.rank,
+            size=world.size,
+        )
+
+
+def _records(cfg: DictConfig, judging: "Judging", world: "World") -> Iterator[dict[str, Any]]:
+    """All evaluations of a run."""
     for job in _varied(cfg):
         with user_errors():
             run = load(job)
-            if judging is None:
-                trained = run.parts.cfg
-                data = build(trained.data)
-                data.check()
-                data.check_images()
-                world.once(data.prepare)
-                check_metrics(cfg.metric, trained.data.get("fields", ["label"]), trained.latent)
-                if world.is_first:
-                    check_writable(_out(cfg))
-                    if cfg.samples is not None:
-                        check_writable(Path(cfg.samples), "samples")
-                judging = Judging(
-                    cfg.metric,
-                    data,
-                    world=world,
-                    device=run.device,
-                    cache=Path(cfg.runs_dir) / "references",
-                    reference=cfg.reference,
-                    rank=world.rank,
-                    size=world.size,
-                )
         yield _record(job, run, judging, world)
 
 
@@ -234,6 +242,7 @@ def _record(cfg: DictConfig, run: "Loaded", judging: "Judging", world: "World") 
 
     from dit.train.files import append
     from dit.train.samples import Kept
+    from dit.weights.identity import sha256
 
     with user_errors():
         out = _out(cfg)
@@ -244,7 +253,8 @@ def _record(cfg: DictConfig, run: "Loaded", judging: "Judging", world: "World") 
         judging.check(subject, [cfg.num_samples])
         if cfg.samples is not None and not judging.extractors:
             raise ValueError(f"samples={cfg.samples} are those that metrics like fid look at: choose one of them, too")
-        settings = _settings(cfg, run, judging)
+        digest = sha256(run.denoiser)
+        settings = judged.settings(_asked(cfg), judging, step=run.step, sha256=digest, device=run.device.type)
         known = world.once(lambda: next((r for r in evaluations(out) if r["settings"] == settings), None))
         if known and cfg.samples is None:
             return known
@@ -267,28 +277,10 @@ def _record(cfg: DictConfig, run: "Loaded", judging: "Judging", world: "World") 
     return record
 
 
-def _settings(cfg: DictConfig, run: "Loaded", judging: "Judging") -> dict[str, Any]:
-    """All that moves a figure."""
-    from dit.train.reference import ROWS
-    from dit.weights.identity import sha256
-    from dit.weights.manifest import fingerprint
-
-    resolved: Any = OmegaConf.to_container(cfg, resolve=True)
-    if judging.statistics:
-        reference: dict[str, Any] = {"file_sha256": fingerprint(Path(cfg.reference))["sha256"]}
-    else:
-        reference = {"training_images": judging.data.fingerprint_of_images("train"), "rows": ROWS}
-    return {
-        "run": str(cfg.run),
-        "step": run.step,
-        "sha256": sha256(run.denoiser),
-        **{name: resolved[name] for name in ("weights", "sampler", "grid", "guidance", "metric")},
-        **{name: resolved[name] for name in ("num_samples", "labels", "seed", "batch_size", "precision")},
-        "extractors": judging.extractors,
-        "reference": reference,
-        "image_size": run.parts.cfg.data.image_size,
-        "device": run.device.type,
-    }
+def _asked(cfg: DictConfig) -> dict[str, Any]:
+    """What is asked for, resolved."""
+    asked: Any = OmegaConf.to_container(cfg, resolve=True)
+    return {**asked, "run": str(cfg.run)}
 
 
 def _told(cfg: DictConfig) -> str:
@@ -297,36 +289,32 @@ def _told(cfg: DictConfig) -> str:
     return scale + (f", {cfg.sampler.num_steps} steps" if cfg.steps is not None else "")
 
 
-def check_alike(records: Sequence[Mapping[str, Any]]) -> None:
+def check_alike(several: Sequence[Mapping[str, Any]]) -> None:
     """See whether figures may stand in one table.
 
+    Args:
+        several: settings of evaluations: `run`, and those of `judged.ALIKE`.
+
     Raises:
-        ValueError: if they were not judged alike, naming what differs.
+        ValueError: if they are not judged alike, naming what differs.
     """
-    for record in records[1:]:
-        for name in ALIKE:
-            ours, theirs = (one["settings"][name] for one in (records[0], record))
+    for other in several[1:]:
+        for name in judged.ALIKE:
+            ours, theirs = several[0][name], other[name]
             if ours != theirs:
-                runs = f"run={records[0]['settings']['run']} and run={record['settings']['run']}"
                 raise ValueError(
-                    f"{runs} were not judged alike, so that their figures cannot be compared: {name} is "
-                    f"{_short(ours)} and {_short(theirs)}"
+                    f"run={several[0]['run']} and run={other['run']} are not judged alike, so that their figures "
+                    f"cannot be compared: {name} is {_short(ours)} and {_short(theirs)}"
                 )
 
 
 def _say(cfg: DictConfig, records: Sequence[Mapping[str, Any]]) -> None:
-    """Print one evaluation, or several as a table, with a plot of what was varied.
-
-    Raises:
-        ConfigError: if several were not judged alike.
-    """
+    """Print one evaluation, or several as a table, with a plot of what was varied."""
     out = _out(cfg)
     if len(records) == 1:
         for name, value in records[0]["figures"].items():
             print(f"  {name:<28} {value:.4g}")
     else:
-        with user_errors():
-            check_alike(records)
         columns = list(records[0]["figures"])
         print("| run | guidance | steps | " + " | ".join(columns) + " |")
         print("|---" * (3 + len(columns)) + "|")

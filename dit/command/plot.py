@@ -1,8 +1,11 @@
 """A plot of evaluations over guidance or steps."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+CLOSE = 0.08  # of an axis: numbers this near to each other stand upright
 
 
 def plot(records: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -19,6 +22,8 @@ def plot(records: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     by_scale = len({record["settings"]["guidance"].get("scale", 1) for record in records}) > 1
     runs = sorted({record["settings"]["run"] for record in records})
+    asked = sorted({record["settings"]["sampler"]["num_steps"] for record in records})
+    crowded = any(b / a < (asked[-1] / asked[0]) ** CLOSE for a, b in pairwise(asked))
     names = list(records[0]["figures"])
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
@@ -37,7 +42,10 @@ def plot(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         axis.set(xlabel="scale of guidance" if by_scale else "steps of the sampler", ylabel=name.replace("_", " "))
         axis.grid(alpha=0.3)
         if not by_scale:
-            axis.set_xscale("log", base=2)
+            axis.set_xscale("log")
+            upright = {"rotation": 90, "fontsize": 8} if crowded else {}
+            axis.set_xticks(asked, [f"{number}" for number in asked], **upright)
+            axis.set_xticks([], minor=True)
     for axis in axes.flat[len(names) :]:
         axis.remove()
     axes.flat[0].legend(fontsize=8)

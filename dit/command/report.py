@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +17,7 @@ from dit.command.compose import ConfigError, check_choices, check_least, check_r
 from dit.command.existing import check_writable
 from dit.train import saved
 from dit.train.files import steps
+from dit.train.judged import alike
 from dit.train.sender import evaluations
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ SPREAD = 10.0  # of the values, from which on an axis is logarithmic
 WIDTH, PANEL_HEIGHT, PANELS_A_ROW = 12.0, 2.7, 2  # inches
 DASHES = ("-", "--", ":", "-.")  # when the colours are used up
 MOST_DIFFERENCES = 60
-VARIED = ("run", "step", "weights", "sampler", "grid", "guidance", "seed", "batch_size", "device")  # in one table
+FINAL = {*saved.PROGRESS, "num_steps"}  # of a summary, what stands side by side however runs were judged
+UNKNOWN = "which does not say how it was judged"
 UNSAID = ("run", "runs_dir", "data_dir", "_partial_")  # keys that say where things are, or nothing
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -50,6 +52,14 @@ th:first-child, td:first-child { text-align: left }
 """
 
 
+class Panel(NamedTuple):
+    """Curves that share their axes."""
+
+    figure: str
+    told: str  # how it was judged
+    points: list[list[tuple[float, float]]]  # of each run
+
+
 class Told(NamedTuple):
     """What a run's folder tells."""
 
@@ -58,7 +68,7 @@ class Told(NamedTuple):
     summary: dict[str, Any]
     config: dict[str, Any]  # by dotted keys
     pictures: list[tuple[int, Path]]  # by step
-    evaluations: list[dict[str, Any]]  # by `dit evaluate`
+    evaluations: list[dict[str, Any]]  # while training, which name their step, and by `dit evaluate`
     plot: Path  # of several of these
 
 
@@ -156,9 +166,8 @@ def _drawn(runs: Sequence[Told], x: str, pictures: bool) -> "Figure":
     """The curves, a panel a figure, and below them the pictures, a row a run."""
     from matplotlib.figure import Figure
 
-    there = {key for run in runs for line in run.lines for key, value in line.items() if _is_number(value)}
-    names = [name for name in FIRST if name in there] + sorted(there - {*FIRST, "step", "images"})
-    rows = math.ceil(len(names) / PANELS_A_ROW)
+    curves = _panels(runs, x)
+    rows = math.ceil(len(curves) / PANELS_A_ROW)
     shown = [run for run in runs if run.pictures] if pictures else []
     columns = max((len(run.pictures) for run in shown), default=1)
     longest = max(len(run.name) for run in runs)
@@ -169,11 +178,11 @@ def _drawn(runs: Sequence[Told], x: str, pictures: bool) -> "Figure":
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
 
     panels = parts[0].subplots(rows, PANELS_A_ROW, squeeze=False).flatten()
-    for panel, name in itertools.zip_longest(panels, names):
-        if name is None:
-            panel.axis("off")
+    for axes, curve in itertools.zip_longest(panels, curves):
+        if curve is None:
+            axes.axis("off")
         else:
-            _curve(panel, runs, name, x)
+            _curve(axes, runs, curve, x)
     handles, labels = panels[0].get_legend_handles_labels()
     parts[0].legend(handles, labels, loc="outside upper center", ncols=legend_columns, frameon=False)
     for part, run in zip(parts[1:], shown, strict=True):
@@ -186,31 +195,50 @@ def _drawn(runs: Sequence[Told], x: str, pictures: bool) -> "Figure":
     return figure
 
 
-def _curve(panel: Any, runs: Sequence[Told], name: str, x: str) -> None:
+def _panels(runs: Sequence[Told], x: str) -> list[Panel]:
+    """The curves: a figure of a metric has a panel for each way of judging, or for each run where none is noted."""
+    there = {key for run in runs for line in run.lines for key, value in line.items() if _is_number(value)}
+    found: dict[tuple[str, str], Panel] = {}
+    for name in [name for name in FIRST if name in there] + sorted(there - {*FIRST, "step", "images"}):
+        for number, run in enumerate(runs):
+            noted = {(one["step"], one["figures"].get(name)): one for one in run.evaluations if "step" in one}
+            for line in run.lines:
+                if x not in line or not _is_number(line.get(name)):
+                    continue
+                key, told = "", ""
+                if name not in FIRST:
+                    record = noted.get((line["step"], line[name]))
+                    key, told = _way(record["settings"]) if record else (run.name, f"{run.name}, {UNKNOWN}")
+                panel = found.setdefault((name, key), Panel(name, told, [[] for _ in runs]))
+                panel.points[number].append((line[x], line[name]))
+    return list(found.values())
+
+
+def _curve(axes: Any, runs: Sequence[Told], panel: Panel, x: str) -> None:
     """One figure of all runs over the steps; those without it leave room in the legend all the same."""
     from matplotlib import colormaps
     from matplotlib.ticker import EngFormatter
 
-    colours, values = colormaps["tab10"].colors, []  # type: ignore[attr-defined]
+    colours, name = colormaps["tab10"].colors, panel.figure  # type: ignore[attr-defined]
+    values = [value for points in panel.points for _, value in points]
     drawn: list[Any] = []
-    for number, run in enumerate(runs):
-        points = [(line[x], line[name]) for line in run.lines if x in line and _is_number(line.get(name))]
-        values += [value for _, value in points]
+    for number, (run, points) in enumerate(zip(runs, panel.points, strict=True)):
         dashes: Any = DASHES[number // len(colours) % len(DASHES)]
         if again := drawn.count(points):  # so that one is seen through the other, as of the same learning rates
             dashes = (0, (4, 4 * again))
         drawn.append(points)
         style = {"color": colours[number % len(colours)], "ls": dashes}
         marker = {"marker": "."} if len(points) < 20 else {}
-        panel.plot(*zip(*points, strict=True) if points else ([], []), lw=1.1, label=run.name, **style, **marker)
+        axes.plot(*zip(*points, strict=True) if points else ([], []), lw=1.1, label=run.name, **style, **marker)
     low, high = min(values, default=0), max(values, default=0)
     if name not in LINEAR and low > 0 and high / low > SPREAD:
-        panel.set_yscale("log")
+        axes.set_yscale("log")
     elif name == "images_per_second":
-        panel.set_ylim(bottom=0)
-    panel.set(ylabel=FIRST.get(name, name.replace("_", " ")), xlabel=x)
-    panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-    panel.grid(alpha=0.3)
+        axes.set_ylim(bottom=0)
+    axes.set(ylabel=FIRST.get(name, name.replace("_", " ")), xlabel=x)
+    axes.set_title(textwrap.fill(panel.told, 100), fontsize=7)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(alpha=0.3)
 
 
 def _pixels(path: Path) -> Any:
@@ -234,10 +262,13 @@ def _page(runs: Sequence[Told], x: str) -> str:
     _drawn(runs, x, pictures=False).savefig(buffer, format="png", dpi=120)
     title = ", ".join(run.name for run in runs)
     parts = [f"<h1>{html.escape(textwrap.shorten(title, 200))}</h1>", _image(buffer.getvalue(), "curves")]
-    figures = {key: [run.summary.get(key) for run in runs] for run in runs for key in run.summary}
+    figures = {key: [run.summary.get(key) for run in runs] for run in runs for key in run.summary if key in FINAL}
     names = [run.name for run in runs]
     parts += _table("Final figures", list(figures.items()), names)
     parts += _evaluated(runs)
+    for run in runs:
+        rows = [(key, [value]) for key, value in run.summary.items() if key not in FINAL and not _is_noted(run, key)]
+        parts += _table(f"Final figures of {run.name}, {UNKNOWN}", rows, [run.name])
     keys = dict.fromkeys(key for run in runs for key in run.config)
     settings = {key: [run.config.get(key) for run in runs] for key in keys}
     different = {key: values for key, values in settings.items() if any(value != values[0] for value in values)}
@@ -260,36 +291,88 @@ def _image(data: bytes, alt: str) -> str:
     return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
 
 
+def _is_noted(run: Told, figure: str) -> bool:
+    """Whether a record says how a final figure was judged."""
+    found = (run.summary.get("step"), run.summary[figure])
+    return any((record.get("step"), record["figures"].get(figure)) == found for record in run.evaluations)
+
+
 def _evaluated(runs: Sequence[Told]) -> Iterator[str]:
-    """Evaluations, a table for each way of judging, as others cannot be compared; and the plots of several."""
-    alike: dict[str, list[dict[str, Any]]] = {}
-    for record in (record for run in runs for record in run.evaluations):
-        same = {key: value for key, value in record["settings"].items() if key not in VARIED}
-        alike.setdefault(json.dumps(same, sort_keys=True), []).append(record)
-    for records in alike.values():
+    """Evaluations, a table for each way of judging, as others cannot be compared; and the plots of several.
+
+    Of those that a run made while training, and judged alike, the last.
+    """
+    ways: dict[str, dict[Any, dict[str, Any]]] = {}
+    for number, record in enumerate(record for run in runs for record in run.evaluations):
+        rows = ways.setdefault(_way(record["settings"])[0], {})
+        rows[record["settings"].get("run") if "step" in record else number] = record
+    for records in (list(rows.values()) for rows in ways.values()):
         first, names = records[0]["settings"], list(records[0]["figures"])
+        drawn = [_drawn_by(record["settings"]) for record in records]
+        varied = [key for key, value in drawn[0].items() if any(one[key] != value for one in drawn)]
+        common = [
+            f"{key} {_said(value)}" for key, value in drawn[0].items() if key not in varied and value not in (None, "")
+        ]
+        rows_said = [
+            (str(record["settings"].get("run")), [*map(one.get, varied), *map(record["figures"].get, names)])
+            for record, one in zip(records, drawn, strict=True)
+        ]
         by = ", ".join(dict.fromkeys(told["name"] for told in (first.get("extractors") or {}).values()))
-        rows = []
-        for record in records:
-            told = record["settings"]
-            scale, num_steps = (
-                (told.get(group) or {}).get(key) for group, key in (("guidance", "scale"), ("sampler", "num_steps"))
-            )
-            ways = [told.get("step"), told.get("weights"), scale, num_steps]
-            rows.append((str(told.get("run")), [*ways, *(record["figures"].get(name) for name in names)]))
         heading = f"Evaluated by {by or 'their metrics'}, {first.get('num_samples')} samples each"
-        yield from _table(heading, rows, ["step", "weights", "guidance", "sampler's steps", *names])
+        yield from _table(heading, rows_said, [*varied, *names], "; ".join([_way(first)[1], *common]))
     for run in runs:
         if run.plot.exists():
             yield f"<h2>Evaluations of {html.escape(run.name)}</h2>{_image(run.plot.read_bytes(), 'evaluations')}"
 
 
-def _table(heading: str, rows: Sequence[tuple[str, Sequence[Any]]], columns: Sequence[str]) -> list[str]:
-    """A table; nothing without rows."""
+def _way(settings: Mapping[str, Any]) -> tuple[str, str]:
+    """How an evaluation was judged: a key, the same of all that may be compared, and in words."""
+    way = alike(settings)
+    by: dict[str, list[str]] = {}
+    for name, node in (way["metric"] or {}).items():
+        about = (way["extractors"] or {}).get(name)
+        look = f" by {about['name']} ({about['sha256'][:8]}, resized: {about['resize']})" if about else ""
+        by.setdefault(look, []).append(_named(node.get("figure", node), name))
+    told = [", ".join(names) + look for look, names in by.items()]
+    told += [f"{way['num_samples']} samples", f"labels {way['labels']}", f"{way['precision']}"]
+    reference = [f"{name.replace('_', ' ')} {_brief(value)}" for name, value in (way["reference"] or {}).items()]
+    return json.dumps(way, sort_keys=True), "; ".join([*told, f"reference: {', '.join(reference)}"])
+
+
+def _drawn_by(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What may differ in a table, by its column."""
+    sampler, guidance = dict(settings.get("sampler") or {}), dict(settings.get("guidance") or {})
+    told = {"step": settings.get("step"), "weights": settings.get("weights"), "guidance": guidance.pop("scale", None)}
+    told |= {"sampler's steps": sampler.pop("num_steps", None), "sampler": _named(sampler)}
+    told |= {"grid": _named(settings.get("grid") or {}), "guided by": _named(guidance)}
+    return told | {key.replace("_", " "): settings.get(key) for key in ("seed", "batch_size", "device")}
+
+
+def _named(node: Mapping[str, Any], name: str | None = None) -> str:
+    """A node of a configuration in words: its name, and its options."""
+    parts = str(node.get("_target_", "")).removesuffix(".sample").split(".")
+    options = [
+        f"{key} {_named(value) if isinstance(value, dict) else _said(value)}"
+        for key, value in node.items()
+        if key not in ("_target_", "_partial_", "runs_dir") and value is not None
+    ]
+    return (name or parts[-1]) + (f" ({', '.join(options)})" if options else "")
+
+
+def _brief(value: Any) -> str:
+    """A number, or the beginnings of hashes."""
+    return "+".join(part[:8] for part in str(value).split("+"))
+
+
+def _table(
+    heading: str, rows: Sequence[tuple[str, Sequence[Any]]], columns: Sequence[str], common: str = ""
+) -> list[str]:
+    """A table, below what its rows have in common; nothing without rows."""
     if not rows:
         return []
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-    lines = [f"<h2>{html.escape(heading)}</h2><div class=wide><table><tr><th></th>{head}</tr>"]
+    said = f"<p>{html.escape(common)}</p>" if common else ""
+    lines = [f"<h2>{html.escape(heading)}</h2>{said}<div class=wide><table><tr><th></th>{head}</tr>"]
     for key, values in rows:
         cells = "".join(f"<td>{html.escape(_said(value))}</td>" for value in values)
         lines.append(f"<tr><td>{html.escape(key)}</td>{cells}</tr>")

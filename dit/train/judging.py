@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from dit.train.build import PIXELS, build
 from dit.train.look import Group, Look
 from dit.train.reference import ROWS, of_statistics, of_training_images
 from dit.train.world import World
+from dit.weights.manifest import fingerprint
 
 Drawn = Callable[[int, Callable[[], Tensor]], Tensor]  # the number of a part, how it is drawn -> its images
 
@@ -71,6 +72,18 @@ class Judging:
     def extractors(self) -> dict[str, dict[str, str]]:
         """By metric, what tells its extractor from others."""
         return {name: group.look.about for group in self._groups for name in group.metrics}
+
+    @cached_property
+    def about_reference(self) -> dict[str, Any]:
+        """What tells the reference from others, and the images that other metrics read."""
+        about: dict[str, Any] = {}
+        if self.statistics:
+            about["file_sha256"] = fingerprint(Path(str(self.reference)))["sha256"]
+        if self.others or not self.statistics:
+            about |= {"training_images": self.data.fingerprint_of_images("train"), "rows": ROWS}
+        if self.others and self.data.held_out:
+            about["held_out_images"] = self.data.fingerprint_of_images("held_out")
+        return about
 
     def check(self, subject: Subject, numbers: Sequence[int]) -> None:
         """See beforehand whether all can judge a model, by each of some numbers of samples.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dit.data.unheard import unheard
 from dit.metric.subject import Samples, Subject
-from dit.train import checkpoint, goodput, lineage
+from dit.train import checkpoint, goodput, judged, lineage
 from dit.train.attempts import Attempts
 from dit.train.build import build
 from dit.train.checked import build_trained, checked
@@ -31,10 +31,11 @@ from dit.train.judging import Judging
 from dit.train.pairs import check_pairs
 from dit.train.published import beginning, unlike
 from dit.train.same import differences, taught_by
-from dit.train.saved import PROGRESS, summary_of
+from dit.train.saved import PROGRESS, averages, summary_of
 from dit.train.strategy import Strategy, trained
 from dit.train.watchdog import Watchdog
 from dit.train.world import Lost, World, is_connection
+from dit.weights.identity import sha256
 
 if TYPE_CHECKING:  # importing lightning takes seconds, which a mistake in the configuration need not wait for
     from lightning.pytorch import Trainer
@@ -44,6 +45,7 @@ if TYPE_CHECKING:  # importing lightning takes seconds, which a mistake in the c
     from dit.train.preemption import Preemption
 
 LOCK_SECONDS = 180.0
+PRECISION = {"32-true": "float32", "bf16-mixed": "bfloat16"}  # Lightning's words, and those of `dit evaluate`
 
 
 class Run:
@@ -280,6 +282,7 @@ class Run:
         rewound(self.folder / "skipped.jsonl", self.step)
         path = self.folder / "config.yaml"
         try:
+            judged.rewind(self.folder / "evaluation.jsonl", self.step)
             replace(path, OmegaConf.to_yaml(OmegaConf.create(self.resolved)))
         except OSError as error:  # a full disk does not stop what was begun before
             if not path.exists():
@@ -348,7 +351,9 @@ class Run:
             preemption,
         )
         few, every = cfg.evaluation.few_images, cfg.evaluation.every_steps
-        figures = Figures(lambda: self._figures(module, trainer, few), every if self.judging else None, recorder)
+        figures = Figures(
+            lambda: self._figures(module, trainer, recorder, few), every if self.judging else None, recorder
+        )
         checkpoints = Checkpoints(
             self.folder / "checkpoints",
             self.resume_from,
@@ -460,7 +465,7 @@ class Run:
                 **recorder.beside(),
             }
             with self.clock.of("evaluation"):
-                summary |= self._judged(module, trainer)
+                summary |= self._judged(module, trainer, recorder)
             if self.world.is_first:
                 self.attempts.trained(module.step)  # what judging has taken, too
                 if useful := goodput.of_run(self.folder)[0]:
@@ -473,12 +478,34 @@ class Run:
         if self.tracker:
             self.tracker.finish()
 
-    def _figures(self, module: "DiffusionModule", trainer: "Trainer", num_images: int) -> dict[str, float]:
-        """Those of the metrics, of so many samples."""
+    def _figures(
+        self, module: "DiffusionModule", trainer: "Trainer", recorder: "Recorder", num_images: int
+    ) -> dict[str, float]:
+        """Those of the metrics, of so many samples; noted with all that moves them."""
         assert self.judging
-        return self.judging(self._subject(module, trainer), num_images, self.cfg.evaluation.batch_size)
+        figures = self.judging(self._subject(module, trainer), num_images, self.cfg.evaluation.batch_size)
+        if self.world.is_first:
+            with recorder.forgiven():
+                settings = self._settings(module, num_images)
+                judged.note(self.folder / "evaluation.jsonl", module.step, figures, settings)
+        return figures
 
-    def _judged(self, module: "DiffusionModule", trainer: "Trainer") -> dict[str, Any]:
+    def _settings(self, module: "DiffusionModule", num_images: int) -> dict[str, Any]:
+        """All that moves the figures of so many samples, in the words of `dit evaluate`."""
+        assert self.judging
+        asked = {name: self.resolved[name] or {} for name in ("sampler", "grid", "guidance")}
+        if (num_steps := self._num_steps(module)) is not None:
+            asked["sampler"] = {**asked["sampler"], "num_steps": num_steps}
+        asked |= {name: self.resolved[name] for name in ("run", "metric", "seed")}
+        asked |= {"weights": averages(self.cfg)[0], "num_samples": num_images, "labels": "in_turn"}
+        asked |= {"batch_size": self.cfg.evaluation.batch_size, "precision": PRECISION[self.cfg.trainer.precision]}
+        digest = None
+        if self.layout.strategy in ("single", "ddp"):
+            with module.strategy.lent(module):
+                digest = sha256(module.denoiser)
+        return judged.settings(asked, self.judging, step=module.step, sha256=digest, device=self.device.type)
+
+    def _judged(self, module: "DiffusionModule", trainer: "Trainer", recorder: "Recorder") -> dict[str, Any]:
         """What others need of it exported, and the figures of the metric."""
         with self._as_sampled(module, trainer):
             if self.world.is_first:
@@ -486,7 +513,7 @@ class Run:
         if not self.judging:
             return {}
         self.world.say(f"dit: judging {self.cfg.evaluation.num_images} samples")
-        figures: dict[str, Any] = dict(self._figures(module, trainer, self.cfg.evaluation.num_images))
+        figures: dict[str, Any] = dict(self._figures(module, trainer, recorder, self.cfg.evaluation.num_images))
         num_steps = self._num_steps(module)
         return figures if num_steps is None else {**figures, "num_steps": num_steps}
 

@@ -170,20 +170,23 @@ def figures(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def evaluations(path: Path) -> list[dict[str, Any]]:
-    """What `dit evaluate` has written to a file, each with `figures` and `settings`."""
+    """What training and `dit evaluate` have written to a file, each with `figures` and `settings`."""
     found = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    for text in path.read_bytes().splitlines() if path.exists() else []:
         with suppress(ValueError):  # half a line
             found.append(json.loads(text))
     return [record for record in found if isinstance(record, dict) and {"figures", "settings"} <= record.keys()]
 
 
 def judged(folder: Path) -> dict[str, Any]:
-    """The last evaluation, and the plot of several, for the summary."""
+    """The last evaluation, all that moves its figures, and the plot of several, for the summary."""
     import wandb
 
     found = evaluations(folder / "evaluation.jsonl")
-    told = {f"evaluation/{name}": value for name, value in (found[-1]["figures"] if found else {}).items()}
+    told: dict[str, Any] = {}
+    if found:
+        told = {f"evaluation/{name}": value for name, value in found[-1]["figures"].items()}
+        told["evaluation/settings"] = found[-1]["settings"]
     if (plot := folder / "evaluation.png").exists():
         told["evaluation/plot"] = wandb.Image(str(plot))
     return told
