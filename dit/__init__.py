@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from dit.train.model import Model
+    from dit.train.inference import Model
 
 __version__ = "0.1.0"
 
@@ -34,12 +34,12 @@ def load(path: "str | Path") -> "Model":
         path: its folder.
 
     Returns:
-        See `dit.train.model.Model`.
+        See `dit.train.inference.Model`.
 
     Raises:
-        ValueError: if there is none, or it is an autoencoder.
+        ValueError: if there is none, it is an autoencoder, or it holds a program and no weights.
         DamagedError: if a file of it is missing, or not what was written.
     """
-    from dit.train.model import Model  # torch takes its time, and most of the command line needs none
+    from dit.train.inference import Model  # torch takes its time, and most of the command line needs none
 
     return Model(path)

@@ -75,6 +75,8 @@ def test_captions_are_encoded_padded_and_masked(encoders, kind):
     assert not any(p.requires_grad for p in text.encoder.model.parameters())
     long = text({"caption": ["a seven and an eight and a nine"]}, draw(1), same)
     assert long["text_mask"].all()
+    with pytest.raises(ValueError, match="caption=7: give a text, like caption='a seven'"):
+        text({"caption": [7]}, draw(1), same)
 
 
 def test_the_encoder_is_the_librarys(encoders):
@@ -205,6 +207,8 @@ def test_low_resolution_is_averaged_enlarged_and_noised():
     assert (asked_noise[:, 1] == 0.25).all()
     with pytest.raises(ValueError, match="3 x 3 pixels, but this model enlarges 4 x 4 to 8 x 8"):
         condition({"low_resolution": torch.zeros(1, 1, 3, 3, dtype=torch.uint8)}, draw(1), same)
+    with pytest.raises(ValueError, match=r"low_resolution=torch.float32 \(1, 1, 4, 4\): give .* torch.uint8 \(N, C, h"):
+        condition({"low_resolution": torch.zeros(1, 1, 4, 4)}, draw(1), same)
     with pytest.raises(ValueError, match=r"condition\.factor=3 must divide .*: choose one of \[2, 4, 8\]"):
         SuperResolution(channels=1, image_size=8, factor=3)
     with pytest.raises(ValueError, match=r"max_noise=1"):
@@ -232,6 +236,8 @@ def test_holes_hide_what_is_to_be_drawn():
     assert torch.equal(latent[:, 1].bool(), mask.view(500, 4, 2, 4, 2).any(4).any(2))
     with pytest.raises(ValueError, match="mask of 4 x 4 pixels, but this model draws 8 x 8"):
         condition({"image": images, "mask": mask[:, :4, :4]}, draw(500), same)
+    with pytest.raises(ValueError, match=r"mask='a.png': give pictures as a tensor, torch.bool \(N, H, W\)"):
+        condition({"image": images, "mask": "a.png"}, draw(500), same)
 
 
 def test_several_conditions_say_all_and_leave_out_what_may_be():

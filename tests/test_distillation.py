@@ -274,8 +274,8 @@ def test_a_student_with_an_adapter(student, monkeypatch):
         ("shortcut", ["sampler.num_steps=3"], "has learned 1, 2, 4, 8, 16, 32 or 64 steps: take sampler.num_steps=2"),
         (
             "consistency",
-            ["objective.teacher.scale=2", "guidance.scale=2", "condition.dropout=0.1"],
-            "would guide twice",
+            ["objective.teacher.scale=2", "guidance.scale=2"],
+            "would guide twice: a student of consistency has guidance of scale 2 for good; take guidance.scale=1",
         ),
         ("guidance_distillation", ["model.guided=false", "guidance=classifier_free"], "model.guided=true, or neither"),
         ("guidance_distillation", ["guidance.scale=5"], "guidance.scale=4"),

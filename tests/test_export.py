@@ -144,8 +144,12 @@ def test_what_is_there_stays_unless_told_otherwise(runs, tmp_path):
         (["run=power", "format=pt2", "batch_size=0"], "batch_size=0 must be at least 1"),
         (["run=power", "shard_gb=0"], "shard_gb=0 must be greater than 0"),
         (["run=power", "push=digits"], "push=digits: give a repository of the hub, like push=name/model"),
-        (["run=power", "licence=3"], "licence=3: give a name"),
-        (["run=power", "path=/proc/out"], "/proc/out"),
+        (["run=power", "push=a/b/c"], "push=a/b/c: give a repository of the hub, like push=name/model"),
+        (["run=power", "licence=3"], "licence=3: give the name that hubs have for it, like licence=apache-2.0"),
+        (["run=power", "convention=sit"], "convention=sit is that of published weights: give published=<file>"),
+        (["run=power", "format=pt2", "shard_gb=1"], "shard_gb=1: format=pt2 is one file"),
+        (["run=power", "path=/proc/out"], "path=/proc/out cannot be written, .*: choose another path"),
+        (["run=power", "path=/dev/null/out"], "path=/dev/null/out cannot be written, Not a directory: choose another"),
     ],
 )
 def test_mistakes_are_answered_and_leave_nothing(runs, tmp_path, overrides, message):

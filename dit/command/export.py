@@ -1,6 +1,7 @@
 """dit export: the weights of a run for others."""
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +27,13 @@ from dit.weights.push import push
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERBATIM = ("path", "licence", "published")
-FORMATS = ("native", "diffusers", "pt2", "onnx")
+VERBATIM = ("path", "published")
+FORMATS = ("native", "diffusers", *export.PROGRAMS)
+CONVENTIONS = ("published", "sit", "jit", "adm_legacy", "diffusers_dit")  # of conf/init
+TEXTS = {  # what is a name, and of what kind
+    "licence": (r"(?=.*[A-Za-z])\w[\w.+-]*", "the name that hubs have for it, like licence=apache-2.0"),
+    "push": (r"\w[\w.-]*/\w[\w.-]*", "a repository of the hub, like push=name/model"),
+}
 TOLERATED = 0.05  # of the norm of a profile
 REFUSED = 0.5
 
@@ -41,22 +47,29 @@ def check(cfg: DictConfig) -> None:
     check_run_name(cfg.run)
     check_texts(cfg, ["path"])
     if cfg.published is not None:
-        check_texts(cfg, ["published", "recipe", "convention"])
+        check_texts(cfg, ["published"])
+        if cfg.recipe is None:
+            raise ConfigError(
+                f"published={cfg.published}: give the experiment with its network, like recipe=imagenet256_dit_xl_2"
+            )
+        check_texts(cfg, ["recipe"])
+        check_choices(cfg, {"convention": (None, *CONVENTIONS)})
         if (cfg.weights, cfg.step, cfg.ema_std) != ("ema", None, None):
             raise ConfigError("published weights are what they are: leave weights=, step= and ema_std= out")
-    elif cfg.recipe is not None:
-        raise ConfigError(f"recipe={cfg.recipe} is that of published weights: give published=<file>, or leave it out")
+    for key in ("recipe", "convention"):
+        if cfg.published is None and cfg[key] is not None:
+            raise ConfigError(f"{key}={cfg[key]} is that of published weights: give published=<file>, or leave it out")
     weights = weights_of(cfg) if cfg.published is None else ["ema"]
     choices = {"weights": weights, "precision": ("float32", "bfloat16"), "format": FORMATS}
     check_choices(cfg, {**choices, "overwrite": (True, False)})
     check_least(cfg, {"step": 0, "batch_size": 1}, ["ema_std", "shard_gb"])
-    for key in ("licence", "push"):
-        if cfg[key] is not None:
-            check_texts(cfg, [key])
-    if cfg.push is not None and not 0 < str(cfg.push).find("/") < len(cfg.push) - 1:
-        raise ConfigError(f"push={cfg.push}: give a repository of the hub, like push=name/model")
-    if cfg.batch_size is not None and cfg.format not in ("pt2", "onnx"):
+    for key, (pattern, way_out) in TEXTS.items():
+        if cfg[key] is not None and not (isinstance(cfg[key], str) and re.fullmatch(pattern, cfg[key], re.ASCII)):
+            raise ConfigError(f"{key}={cfg[key]}: give {way_out}")
+    if cfg.batch_size is not None and cfg.format not in export.PROGRAMS:
         raise ConfigError(f"batch_size={cfg.batch_size} is for format=pt2 and format=onnx; others take any")
+    if cfg.shard_gb is not None and cfg.format in export.PROGRAMS:
+        raise ConfigError(f"shard_gb={cfg.shard_gb}: format={cfg.format} is one file; leave it out")
     _check_format(cfg)
     if cfg.ema_std is None:
         return
@@ -74,7 +87,7 @@ def _check_format(cfg: DictConfig) -> None:
         return
     if autoencodes(had):
         raise ConfigError(f"format={cfg.format} is for denoisers: take format=native, or the run's folder vae/")
-    if cfg.format in ("pt2", "onnx") and "dit.condition.text.Text" in str(had.condition):
+    if cfg.format in export.PROGRAMS and "dit.condition.text.Text" in str(had.condition):
         raise ConfigError(f"format={cfg.format} is for networks that are told no text: take format=native or diffusers")
     if had.guidance.get("weak"):
         raise ConfigError(f"format={cfg.format} has no place for a second network, guidance.weak: take format=native")
@@ -90,7 +103,7 @@ def main(cfg: DictConfig) -> int:
     """Write the weights, and say where they are; the exit code."""
     path, folder = Path(cfg.path), Path(cfg.runs_dir) / str(cfg.run)
     with user_errors():
-        export.check_free(path, cfg.overwrite)
+        export.check(path, cfg.overwrite)
         had = _recipe(cfg) if cfg.published else saved.config(folder)
 
         import torch
@@ -123,7 +136,8 @@ def main(cfg: DictConfig) -> int:
         about |= {"parameters": sum(t.numel() for t in weights.values())}
         record = None if cfg.published else _few_step(folder, had, about)
         weights = _cast(weights, getattr(torch, cfg.precision))
-        exporting = Exporting(folder, had, weights, about, record, licence=cfg.licence, shard_gb=cfg.shard_gb)
+        most = export.MOST_BYTES if cfg.shard_gb is None else int(cfg.shard_gb * 1e9)
+        exporting = Exporting(folder, had, weights, about, record, licence=cfg.licence, most_bytes=most)
         export.commit(path, partial(exporting.write, batch_size=cfg.batch_size), overwrite=cfg.overwrite)
         print(f"{about['parameters']:,} parameters of step {about['step']}, {cfg.precision}: {path}")
         if cfg.published is None and not saved.exported(folder):
@@ -135,7 +149,7 @@ def main(cfg: DictConfig) -> int:
 
 def _recipe(cfg: DictConfig) -> DictConfig:
     """The configuration of a run that would begin with published weights."""
-    weights = [f"init={cfg.convention}", f"init.path={json.dumps(cfg.published)}"]
+    weights = [f"init={cfg.convention or CONVENTIONS[0]}", f"init.path={json.dumps(cfg.published)}"]
     return compose("train", [f"experiment={cfg.recipe}", *weights, f"run={cfg.run}", "data.path=unknown"])
 
 

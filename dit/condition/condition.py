@@ -69,6 +69,23 @@ class Condition(ABC):
         return dict(cond)
 
 
+def check_pictures(name: str, value: Any, dtype: torch.dtype, shape: str) -> None:
+    """See that what is asked for are pictures.
+
+    Args:
+        name: of what is asked for.
+        value: what it is.
+        dtype: of pictures.
+        shape: theirs, in words, like (N, C, H, W).
+
+    Raises:
+        ValueError: if they are none.
+    """
+    if not isinstance(value, Tensor) or value.dtype != dtype or value.ndim != shape.count(",") + 1:
+        had = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)[:100]
+        raise ValueError(f"{name}={had}: give pictures as a tensor, {dtype} {shape}")
+
+
 def check_dropout(dropout: float) -> float:
     """A probability.
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit.condition.condition import Condition, Encode
+from dit.condition.condition import Condition, Encode, check_pictures
 
 
 class Inpainting(Condition):
@@ -49,8 +49,10 @@ class Inpainting(Condition):
         """The fields `image`, uint8 (B, C, H, W), and `mask`, bool (B, H, W), true where to draw.
 
         Raises:
-            ValueError: if one has another size.
+            ValueError: if one is no pictures, or of another size.
         """
+        check_pictures("image", asked["image"], torch.uint8, "(N, C, H, W)")
+        check_pictures("mask", asked["mask"], torch.bool, "(N, H, W)")
         image, mask = asked["image"].to(draw.device), asked["mask"].to(draw.device)
         for name, value in (("image", image), ("mask", mask)):
             if tuple(value.shape[-2:]) != (self.image_size,) * 2:

@@ -40,10 +40,14 @@ class Label(Condition):
         Raises:
             ValueError: if a label is not a class.
         """
-        label = torch.as_tensor(asked["label"])
-        if not label.is_cuda and label.numel() and not (label.min() >= 0 and label.max() < self.num_classes):
+        try:
+            label = torch.as_tensor(asked["label"])
+            whole = label.ndim == 1 and not label.is_floating_point() and label.dtype != torch.bool
+        except (TypeError, ValueError, RuntimeError):  # as torch rejects texts, or nothing
+            whole = False
+        if not whole or (not label.is_cuda and not ((label >= 0) & (label < self.num_classes)).all()):
             raise ValueError(
-                f"labels must be whole numbers from 0 to {self.num_classes - 1}, got {label.min()} to {label.max()}"
+                f"label={_said(asked['label'])}: give whole numbers from 0 to {self.num_classes - 1}, like label=[0, 1]"
             )
         return {"label": label.long().to(draw.device)}
 
@@ -61,3 +65,8 @@ class Label(Condition):
         """No class for a share `dropout` of the rows."""
         dropped = draw.uniform("drop") < self.dropout
         return {**cond, "label": torch.where(dropped, self.num_classes, cond["label"])}
+
+
+def _said(label: Any) -> str:
+    text = str(label.tolist() if isinstance(label, torch.Tensor) else label)
+    return text if len(text) < 120 else text[:117] + "..."

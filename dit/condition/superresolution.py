@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit.condition.condition import Condition, Encode
+from dit.condition.condition import Condition, Encode, check_pictures
 
 
 class SuperResolution(Condition):
@@ -56,9 +56,10 @@ class SuperResolution(Condition):
         """The field `low_resolution`, uint8 (B, C, h, w), enlarged; noised if `noise_level` (a number) asks for it.
 
         Raises:
-            ValueError: if it has another size, or noise_level is more than max_noise.
+            ValueError: if it is no pictures, or of another size, or noise_level is more than max_noise.
         """
         low = asked["low_resolution"]
+        check_pictures("low_resolution", low, torch.uint8, "(N, C, h, w)")
         side = self.image_size // self.factor
         if tuple(low.shape[-2:]) != (side, side):
             raise ValueError(

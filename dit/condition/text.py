@@ -74,11 +74,13 @@ class Text(Condition):
         """The fields `text` and `pooled`, B arrays (L or fewer, W) and (W,), or the field `caption`, B strings.
 
         Raises:
-            ValueError: if embeddings have another width or too many tokens.
+            ValueError: if a caption is no text, or embeddings have another width or too many tokens.
         """
         if self.precomputed and "text" in asked:
             text, mask, pooled = self._read(asked)
         else:
+            if wrong := [caption for caption in asked["caption"] if not isinstance(caption, str)]:
+                raise ValueError(f"caption={wrong[0]!r}: give a text, like caption='a seven'")
             different = list(dict.fromkeys(asked["caption"]))
             rows = torch.tensor([different.index(caption) for caption in asked["caption"]]).to(draw.device)
             there = torch.tensor([bool(caption.strip()) for caption in different]).to(draw.device)[:, None]

@@ -10,7 +10,7 @@ from dit.objective.derivative import check_forward, is_forward
 from dit.objective.objective import Objective
 from dit.train.build import build, parts_of
 from dit.train.devices import strategy_of
-from dit.train.drawn import check_drawn
+from dit.train.drawn import check_drawn, check_guided_once
 from dit.train.judging import check_metrics
 from dit.train.layout import Layout, divided
 from dit.train.strategy import Strategy, trained
@@ -40,12 +40,15 @@ def checked(cfg: DictConfig, layout: Layout) -> Checked:
     """
     options = cfg.trainer
     _, num_micro_batches = divided(layout, options.batch_size, options.micro_batch_size, options.lanes)
-    data, parts, objective, strategy = build(cfg.data), parts_of(cfg), build(cfg.objective), strategy_of(options)
+    data, objective = build(cfg.data), build(cfg.objective)
+    if few_step := objective.few_step():
+        check_guided_once(few_step, cfg.guidance)  # before its parts, which know guidance by dropout alone
+    parts, strategy = parts_of(cfg), strategy_of(options)
     denoiser = parts.learner("meta")
     objective.check(denoiser)
     if teacher := getattr(objective, "teacher", None):
         teacher.on(denoiser.schedule)  # which makes its guidance
-    if few_step := objective.few_step():
+    if few_step:
         check_drawn(few_step, cfg)
     if (rows := options.batch_size // options.lanes) < objective.least_rows:
         raise ValueError(

@@ -30,23 +30,32 @@ def check_drawn(taught: FewStep, cfg: Any, had: Any = None, way_out: str = "") -
             )
         if had is not None and cfg.grid != had.grid:
             raise ValueError(f"{student} has learned the times of the grid of its training alone: leave grid= out")
-    _check_guidance(taught, cfg.guidance, student)
-
-
-def _check_guidance(taught: FewStep, guidance: Any, student: str) -> None:
-    """That nothing is guided twice, and what is told of it was learned."""
-    scale = guidance.get("scale", 1.0)
     if isinstance(taught.guidance, Sequence):
+        scale = cfg.guidance.get("scale", 1.0)
         first, last = taught.guidance
-        if not guidance._target_.endswith(".Told") or not first <= scale <= last:
+        if not cfg.guidance._target_.endswith(".Told") or not first <= scale <= last:
             raise ValueError(
                 f"guidance.scale={scale}: {student} is told a scale of {first:g} to {last:g}: take guidance=told, and "
                 f"guidance.scale={min(max(scale, first), last):g}"
             )
-    elif taught.guidance != 1 and scale != 1:
+    check_guided_once(taught, cfg.guidance)
+
+
+def check_guided_once(taught: FewStep, guidance: Any) -> None:
+    """See that a student which has guidance for good is given no other.
+
+    Args:
+        taught: what it has learned.
+        guidance: with which it is to be drawn.
+
+    Raises:
+        ValueError: if it would be guided twice.
+    """
+    scale = (guidance or {}).get("scale", 1.0)
+    if not isinstance(taught.guidance, Sequence) and taught.guidance != 1 and scale != 1:
         raise ValueError(
-            f"guidance.scale={scale} would guide twice: {student} has guidance of scale {taught.guidance:g} for good; "
-            "take guidance.scale=1"
+            f"guidance.scale={scale} would guide twice: a student of {taught.method} has guidance of scale "
+            f"{taught.guidance:g} for good; take guidance.scale=1"
         )
 
 

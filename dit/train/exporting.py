@@ -15,7 +15,7 @@ from dit.train import checkpoint, saved
 from dit.train.build import PIXELS, Parts, build
 from dit.train.sender import evaluations
 from dit.weights import export, program, stock
-from dit.weights.card import USE, card
+from dit.weights.card import USE, brief, card
 from dit.weights.scheduler import NotStockError
 from dit.weights.scheduler import stock as stock_scheduler
 
@@ -39,7 +39,7 @@ class Exporting:
         about: what config.json is to say, with format, precision, step and parameters.
         few_step: how a student is drawn; None: it is none.
         licence: of the weights; None: not stated.
-        shard_gb: gigabytes of a file, at most.
+        most_bytes: of a file of weights.
     """
 
     def __init__(
@@ -51,14 +51,14 @@ class Exporting:
         few_step: Mapping[str, Any] | None = None,
         *,
         licence: str | None = None,
-        shard_gb: float = 5,
+        most_bytes: int = export.MOST_BYTES,
     ):
         self.folder = folder
         self.had = had
         self.weights = weights
         self.few_step = few_step
         self.licence = licence
-        self.most_bytes = int(shard_gb * 1e9)
+        self.most_bytes = most_bytes
         self.exact: str | None = None  # of a stock pipeline, in which numbers of steps
         self.config: Any = OmegaConf.to_container(had, resolve=True)
         self.about = {**about, "data": self._data(about)}
@@ -83,11 +83,18 @@ class Exporting:
             use = USE["native"].format(asked="".join(f"{each}, " for each in self._asked()))
         else:
             use = self._program(to, batch_size)
-        export.describe(to, {**self.about, "config": self.config}, self.few_step)
+        measured = self._measured()
+        export.describe(to, {**self.about, "config": self.config, "evaluations": measured}, self.few_step)
         if picture := self._picture():
             shutil.copyfile(picture, to / export.GRID)
-        facts = {**self._facts(), **self._figures()}
-        text = card(self.about, facts, use=use, licence=self.licence, grid=picture is not None)
+        tables: dict[str, list[dict[str, Any]]] = {}
+        for record in measured:
+            judges = ", ".join(record["settings"].get("metric") or {})
+            tables.setdefault(f"Evaluations by {judges}", []).append(_row(record))
+        facts = self._facts()
+        if measured and self.about["precision"] == "bfloat16":
+            facts["evaluated"] = "before its weights were rounded"
+        text = card(self.about, facts, tables, use=use, licence=self.licence, grid=picture is not None)
         (to / export.CARD).write_text(text)
 
     def _pipeline(self, to: Path) -> str:
@@ -212,20 +219,43 @@ class Exporting:
             facts["guidance that it has for good"] = str(self.few_step["guidance"])
         return facts
 
-    def _figures(self) -> dict[str, Any]:
-        """What was measured of these weights, with what each figure depends on."""
-        summary = saved.summary_of(self.folder)
-        found: dict[str, Any] = {}
-        figures = {name: value for name, value in summary.items() if name not in saved.PROGRESS}
-        if figures and summary.get("step") == self.about["step"] and self.about.get("weights") == "ema":
-            keys = ("metric", "evaluation", "sampler", "grid", "guidance", "seed")
-            found["figures"] = {**figures, "of": {key: self.config.get(key) for key in keys}}
+    def _measured(self) -> list[dict[str, Any]]:
+        """What was measured of these weights: at the end of training, and by `dit evaluate`, with all it depends on."""
         whose = {"step": self.about["step"], "weights": self.about.get("weights")}
-        whose |= {group: self.config.get(group) for group in ("sampler", "grid", "guidance")}  # as it will be drawn
-        for number, record in enumerate(evaluations(self.folder / "evaluation.jsonl"), 1):
-            if whose.items() <= record["settings"].items():
-                found[f"evaluation {number}"] = {**record["figures"], "of": record["settings"]}
-        return found
+        summary, cfg = saved.summary_of(self.folder), self.config
+        found = saved.exported(self.folder).get("evaluations", [])  # of what is exported again
+        if figures := {name: value for name, value in summary.items() if name not in saved.PROGRESS}:
+            settings = {group: cfg.get(group) for group in ("sampler", "grid", "guidance", "metric", "seed")}
+            judged = {"num_samples": cfg["evaluation"]["num_images"], "reference": cfg["evaluation"]["reference"]}
+            settings |= {
+                "step": summary.get("step"),
+                "weights": "ema",
+                "precision": cfg["trainer"]["precision"],
+                **judged,
+            }
+            found = [*found, {"figures": figures, "settings": settings}]
+        found = [*found, *evaluations(self.folder / "evaluation.jsonl")]
+        return [record for record in found if whose.items() <= record["settings"].items()]
+
+
+def _row(record: Mapping[str, Any]) -> dict[str, Any]:
+    """An evaluation as a row of the card."""
+    had = record["settings"]
+    sampler = dict(had.get("sampler") or {})
+    steps = sampler.pop("num_steps", None)
+    extractors = [f"{one['name']} ({one['sha256'][:8]})" for one in (had.get("extractors") or {}).values()]
+    return {
+        **{name: had.get(name) for name in ("weights", "step")},
+        "sampler": brief(sampler),
+        "steps": steps,
+        "grid": brief(had.get("grid")),
+        "guidance": brief(had.get("guidance")),
+        "samples": had.get("num_samples"),
+        "extractor": ", ".join(dict.fromkeys(extractors)),
+        "reference": brief(had.get("reference")),
+        **{name: had.get(name) for name in ("labels", "seed", "precision")},
+        **record["figures"],
+    }
 
 
 def _example(network: nn.Module, sizes: Mapping[str, int], x: Tensor) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from dit.train.build import Parts
 from dit.train.kind import check_denoiser
 from dit.weights import manifest
 from dit.weights.convert import diffusers_dit, read, unpadded_labels
-from dit.weights.export import FEW_STEP, TRANSFORMER, weights_file
+from dit.weights.export import FEW_STEP, PROGRAMS, TRANSFORMER, weights_file
 from dit.weights.lora import merged
 from dit.weights.post_hoc import Average, fit, reconstruct
 
@@ -27,13 +27,18 @@ def newest(folder: Path, step: int | None = None) -> Path:
     """The newest intact checkpoint of a run's folder, or that of a step; an export is its own.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or the export is a program.
         CheckpointError: if there are checkpoints but none is intact.
         DamagedError: if an export is not what was written.
     """
     if about := saved.exported(folder):
         if step not in (None, about["step"]):
             raise ValueError(f"{folder} is an export of step {about['step']}, and has no step={step}")
+        if (kind := about.get("format")) in PROGRAMS:
+            raise ValueError(
+                f"{folder} holds the network as a program, which {PROGRAMS[kind]} reads, and no weights for dit: "
+                "export the run anew, with format=native"
+            )
         if about.get("manifest"):
             manifest.check(folder)
         return folder

@@ -1,9 +1,9 @@
 """The model card of an export."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+EMPTY: tuple[Any, ...] = (None, "", {}, [])
 USE = {
     "native": """import dit  # pip install ditforge
 
@@ -28,12 +28,21 @@ session = onnxruntime.InferenceSession("network.onnx")
 }
 
 
-def card(about: Mapping[str, Any], facts: Mapping[str, Any], *, use: str, licence: str | None, grid: bool) -> str:
+def card(
+    about: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    tables: Mapping[str, Sequence[Mapping[str, Any]]],
+    *,
+    use: str,
+    licence: str | None,
+    grid: bool,
+) -> str:
     """Markdown, with the front matter that hubs read.
 
     Args:
         about: what config.json says.
-        facts: by their names, how it was trained and is drawn, of what JSON can say; what is empty is left out.
+        facts: by their names, how it was trained and is drawn; what is empty is left out.
+        tables: by their headings, rows of cells by their columns.
         use: one of USE, filled in.
         licence: of the weights; None: not stated.
         grid: there is a picture of samples.
@@ -45,22 +54,41 @@ def card(about: Mapping[str, Any], facts: Mapping[str, Any], *, use: str, licenc
         lines += ["![Samples](samples.png)", ""]
     lines += [f"{about['parameters']:,} parameters, {about['precision']}, written by `dit export`.", ""]
     lines += ["```python", use, "```", ""]
-    rows = {name: value for name, value in facts.items() if value not in (None, "", {}, []) and name != "run"}
+    rows = {name: value for name, value in facts.items() if value not in EMPTY and name != "run"}
     rows["licence"] = licence or "not stated: ask who trained it"
     lines += ["| | |", "|---|---|"]
-    lines += [f"| {name} | {_said(value)} |" for name, value in rows.items() if not _nested(value)]
-    for name, value in rows.items():
-        if _nested(value):
-            lines += ["", f"## {name.capitalize()}", "", "```json", json.dumps(value, indent=1), "```"]
-    return "\n".join(
-        [*lines, "", "The whole configuration is in `config.json`, sha256 of all files in `manifest.json`.", ""]
+    lines += [f"| {name} | {_said(value)} |" for name, value in rows.items()]
+    for heading, cells in tables.items():
+        lines += ["", f"## {heading}", "", *_table(cells)]
+    ending = (
+        "The whole configuration, and all that each figure depends on, is in `config.json`, sha256 of all files in "
     )
+    return "\n".join([*lines, "", ending + "`manifest.json`.", ""])
+
+
+def brief(node: Any) -> str:
+    """A node of a configuration in a few words: what it names, and its options."""
+    if not isinstance(node, Mapping):
+        return _said(node)
+    *_, module, name = ["", *str(node.get("_target_", "")).split(".")]
+    options = {key: value for key, value in node.items() if not key.startswith("_") and value is not None}
+    said = [
+        f"{key}={f'({brief(value)})' if isinstance(value, Mapping) else _said(value)}" for key, value in options.items()
+    ]
+    return " ".join([*([module if name == "sample" else name] if name else []), *said])
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of a table, with each column of which some row has something."""
+    columns = [
+        name
+        for name in dict.fromkeys(name for row in rows for name in row)
+        if any(row.get(name) not in EMPTY for row in rows)
+    ]
+    lines = [columns, ["---"] * len(columns), *([_said(row.get(name, "")) for name in columns] for row in rows)]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
 def _said(value: Any) -> str:
-    text = f"{value:g}" if isinstance(value, float) else str(value)
+    text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
     return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _nested(value: Any) -> bool:
-    return isinstance(value, dict)

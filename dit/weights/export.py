@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from dit.weights import manifest
@@ -20,6 +21,7 @@ CARD, GRID = "README.md", "samples.png"
 PIPELINE, CODE = "model_index.json", "pipeline.py"  # what diffusers reads first, and code of ours for it
 VAE, TRANSFORMER, SCHEDULER = "vae", "transformer", "scheduler"  # folders
 PROGRAM, ONNX = "network.pt2", "network.onnx"
+PROGRAMS = {"pt2": "torch.export.load", "onnx": "onnxruntime"}  # formats without weights, and what reads them
 KNOWN = {WEIGHTS, CONFIG, INDEX, FEW_STEP, CARD, GRID, PIPELINE, CODE, VAE, TRANSFORMER, SCHEDULER, PROGRAM}
 KNOWN |= {ONNX, f"{ONNX}.data", manifest.MANIFEST}
 KNOWN |= {"evaluation.jsonl", "evaluation.png", "evaluation"}  # that of `dit evaluate`
@@ -36,12 +38,11 @@ def commit(path: Path, write: Callable[[Path], None], *, overwrite: bool = False
         overwrite: take the place of an export.
 
     Raises:
-        ValueError: if there is something else of the name, or an export that is to stay.
+        ValueError: if it cannot be written there.
     """
-    check_free(path, overwrite)
-    partial, old = (path.with_name(f"{path.name}.{suffix}") for suffix in ("tmp", "old"))
-    for stale in (partial, old):
-        check_free(stale, overwrite=True)
+    check(path, overwrite)
+    partial, old = aside = _aside(path)
+    for stale in aside:
         shutil.rmtree(stale, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -98,7 +99,28 @@ def weights_file(folder: Path) -> Path:
     return folder / (INDEX if (folder / INDEX).exists() else WEIGHTS)
 
 
-def check_free(path: Path, overwrite: bool) -> None:
+def check(path: Path, overwrite: bool) -> None:
+    """See, before weights are read, whether a folder can be written to a path; nothing is left there.
+
+    Raises:
+        ValueError: if not.
+    """
+    try:
+        _check_free(path, overwrite)
+        for stale in _aside(path):
+            _check_free(stale, overwrite=True)
+        there = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+        TemporaryDirectory(prefix=".dit-", dir=there).cleanup()
+    except OSError as error:
+        raise ValueError(f"path={path} cannot be written, {error.strerror}: choose another path") from error
+
+
+def _aside(path: Path) -> tuple[Path, Path]:
+    """What is to come in a folder's place, and what was there."""
+    return path.with_name(f"{path.name}.tmp"), path.with_name(f"{path.name}.old")
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
     """See that a folder can be written to a path.
 
     Raises:

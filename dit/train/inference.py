@@ -1,6 +1,8 @@
 """What `dit.load` gives."""
 
+import math
 from collections.abc import Iterator
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,17 @@ from dit.train import saved, trained
 from dit.train.kind import check_denoiser
 from dit.train.loaded import load, parts_at
 
+# What kind of number each is, its least, and one that is usual.
+NUMBERS: dict[str, tuple[type, int, float]] = {
+    "num_images": (Integral, 1, 16),
+    "seed": (Integral, 0, 0),
+    "num_steps": (Integral, 1, 50),
+    "guidance": (Real, 0, 2.0),
+    "batch_size": (Integral, 1, 256),
+    "noise_level": (Real, 0, 0.1),
+}
+PICTURES = {"low_resolution": 3, "image": 3, "mask": 2}  # dimensions of one
+
 
 class Model:
     """An export, or a run, that draws as it was configured, unless told otherwise.
@@ -20,7 +33,7 @@ class Model:
         path: its folder.
 
     Raises:
-        ValueError: if there is none, or it is an autoencoder.
+        ValueError: if there is none, it is an autoencoder, or it holds a program and no weights.
         DamagedError: if a file of it is missing, or not what was written.
         CheckpointError: if it is a run whose checkpoints are all damaged.
     """
@@ -50,6 +63,7 @@ class Model:
                 num_steps: of the sampler; None: as it was configured.
                 guidance: the scale; None: the same.
                 batch_size: at a time, 256.
+                noise_level: of what is enlarged; None: of one without noise.
                 noise: standard normal, (N, C, H, W), to begin with; None: that of the seed.
 
         Raises:
@@ -76,24 +90,31 @@ class Model:
         **asked: Any,
     ) -> tuple[Pipeline, int, dict[str, Any]]:
         """What draws, how many, and how."""
+        level = {name: asked.pop(name) for name in ["noise_level"] if name in asked}  # one for all
+        chosen = {"num_images": num_images, "num_steps": num_steps, "guidance": guidance, **level}
+        given = {name: value for name, value in chosen.items() if value is not None}
+        for name, value in {**given, "seed": seed, "batch_size": batch_size}.items():
+            _check_number(name, value)
         loaded, parts = self._loaded, self._loaded.parts
         if num_steps is not None or guidance is not None:
             parts = self._otherwise(num_steps, guidance)
         if missing := set(parts.condition.asks) - asked.keys():
             raise ValueError(f"{missing.pop()} is what this is told: give it, a value for each image or one for all")
-        if unknown := asked.keys() - {*parts.condition.asks, "noise_level"}:
+        takes = {*parts.condition.asks, *(["noise_level"] if "low_resolution" in parts.condition.asks else [])}
+        if unknown := {*asked, *level} - takes:
             told = " and ".join(parts.condition.asks) or "nothing"
             raise ValueError(f"{unknown.pop()}: this is told {told}, leave it out")
-        lengths = {len(v) for v in asked.values() if _several(v)}
+        if empty := [name for name, value in asked.items() if _several(name, value) and not len(value)]:
+            raise ValueError(f"{empty[0]}=[] asks for nothing: give a value for each image or one for all")
+        lengths = {len(value) for name, value in asked.items() if _several(name, value)}
         if num_images is not None:
             lengths |= {num_images}
         if len(lengths) > 1:
             raise ValueError(f"different numbers of images are asked for: {', '.join(map(str, sorted(lengths)))}")
         number = lengths.pop() if lengths else 1
-        level = {name: asked.pop(name) for name in ["noise_level"] if name in asked}  # one for all
-        fields = {name: value if _several(value) else [value] * number for name, value in asked.items()} | level
-        device = next(loaded.denoiser.parameters()).device
-        noise = None if noise is None else noise.to(device)
+        fields = {name: _for_each(name, value, number) for name, value in asked.items()} | level
+        if noise is not None:
+            noise = _checked_noise(noise, (number, *loaded.latent.shape)).to(next(loaded.denoiser.parameters()).device)
         options = {"asked": fields, "seed": seed, "batch_size": batch_size, "noise": noise}
         return parts.pipeline(loaded.denoiser, loaded.latent), number, options
 
@@ -101,12 +122,44 @@ class Model:
         """The parts with another number of steps, or another scale."""
         sampler, guided = self.config.sampler.copy(), self.config.guidance.copy()
         if num_steps is not None:
-            sampler.num_steps = num_steps
+            sampler.num_steps = int(num_steps)
         if guidance is not None:
-            guided.scale = guidance
+            guided.scale = float(guidance)
         return parts_at(self.folder, self._at, {"sampler": sampler, "guidance": guided})[0]
 
 
-def _several(value: Any) -> bool:
+def _check_number(name: str, value: Any) -> None:
+    """See that a number is one, and large enough.
+
+    Raises:
+        ValueError: if not, with one that is.
+    """
+    kind, least, usual = NUMBERS[name]
+    if not (isinstance(value, kind) and not isinstance(value, bool) and least <= value < math.inf):  # type: ignore[operator]
+        said = "a whole number" if kind is Integral else "a number"
+        raise ValueError(f"{name}={value!r}: give {said} of at least {least}, like {name}={usual}")
+
+
+def _checked_noise(noise: Any, shape: tuple[int, ...]) -> Tensor:
+    """The noise, if it is such as pictures begin with.
+
+    Raises:
+        ValueError: if it has another shape.
+    """
+    if not isinstance(noise, Tensor) or not noise.is_floating_point() or tuple(noise.shape) != shape:
+        had = f"{noise.dtype} {tuple(noise.shape)}" if isinstance(noise, Tensor) else repr(noise)
+        raise ValueError(f"noise={had}: give torch.randn{shape}, (N, C, H, W), or leave it out for that of the seed")
+    return noise
+
+
+def _several(name: str, value: Any) -> bool:
     """Whether it has a value for each image."""
-    return isinstance(value, list | tuple) or (isinstance(value, Tensor) and value.ndim > 0)
+    return isinstance(value, list | tuple) or (isinstance(value, Tensor) and value.ndim > PICTURES.get(name, 0))
+
+
+def _for_each(name: str, value: Any, number: int) -> Any:
+    """A value for each image; on the CPU, where it is looked at."""
+    if isinstance(value, Tensor):
+        value = value.cpu()
+        return value if _several(name, value) else value.expand(number, *value.shape)
+    return value if _several(name, value) else [value] * number
