@@ -220,20 +220,9 @@ class Exporting:
         return facts
 
     def _measured(self) -> list[dict[str, Any]]:
-        """What was measured of these weights: at the end of training, and by `dit evaluate`, with all it depends on."""
+        """What was measured of these weights, while training and by `dit evaluate`, with all it depends on."""
         whose = {"step": self.about["step"], "weights": self.about.get("weights")}
-        summary, cfg = saved.summary_of(self.folder), self.config
         found = saved.exported(self.folder).get("evaluations", [])  # of what is exported again
-        if figures := {name: value for name, value in summary.items() if name not in saved.PROGRESS}:
-            settings = {group: cfg.get(group) for group in ("sampler", "grid", "guidance", "metric", "seed")}
-            judged = {"num_samples": cfg["evaluation"]["num_images"], "reference": cfg["evaluation"]["reference"]}
-            settings |= {
-                "step": summary.get("step"),
-                "weights": "ema",
-                "precision": cfg["trainer"]["precision"],
-                **judged,
-            }
-            found = [*found, {"figures": figures, "settings": settings}]
         found = [*found, *evaluations(self.folder / "evaluation.jsonl")]
         return [record for record in found if whose.items() <= record["settings"].items()]
 
