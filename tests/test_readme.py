@@ -20,19 +20,22 @@ def test_the_first_screen_has_the_two_commands():
     assert commands == ["pip install -e . && dit train experiment=digits", "pip install -e '.[dev]' && pytest -n 2"]
 
 
+@pytest.fixture(scope="module")
+def there(tmp_path_factory):
+    """A folder with all runs that the README speaks of, as far as their configurations."""
+    folder = tmp_path_factory.mktemp("readme")
+    recipes = {name: [f"experiment={name}"] for name in re.findall(r"experiment=(digits\w*)", README)}
+    for run, words in {**recipes, "power": ["experiment=digits", "ema=power", "run=power"]}.items():
+        (folder / "runs" / run).mkdir(parents=True)
+        OmegaConf.save(compose("train", words), folder / "runs" / run / "config.yaml", resolve=True)
+    return folder
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_commands_compose(command, tmp_path, monkeypatch):
+def test_the_commands_compose(command, there, monkeypatch):
     _, verb, *words = shlex.split(command)
     module = importlib.import_module(f"dit.command.{verb}")
-    named = re.findall(r"experiment=(\w+)", README)
-    for run in (name for name in dict.fromkeys(named) if name.startswith("digits")):
-        (tmp_path / "runs" / run).mkdir(parents=True)
-        cfg = compose("train", [f"experiment={run}"])
-        OmegaConf.save(cfg, tmp_path / "runs" / run / "config.yaml", resolve=True)
-    (tmp_path / "runs" / "power").mkdir()
-    power = compose("train", ["experiment=digits", "ema=power", "run=power"])
-    OmegaConf.save(power, tmp_path / "runs" / "power" / "config.yaml", resolve=True)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(there)
     words = [quoted(word, getattr(module, "VERBATIM", ())) for word in words]
     if hasattr(module, "prepare"):
         module.prepare(words)
