@@ -246,7 +246,9 @@ class Now(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(("precision", "world"), [("32-true", 2), ("bf16-mixed", 8)])
+@pytest.mark.parametrize(
+    ("precision", "world"), [("32-true", 2), pytest.param("bf16-mixed", 8, marks=pytest.mark.slow)]
+)
 def test_the_peak_of_fsdp_is_as_planned(precision, world, ranks):
     wide = ["data.image_size=8", "model.patch_size=4", "model.hidden_size=256", "model.depth=6"]
     recipe = planner(*wide, f"trainer.precision={precision}")  # what is gathered is much of it
@@ -330,9 +332,8 @@ def test_what_is_assumed_is_said(monkeypatch):
 
 def test_a_dry_run_of_the_canonical_recipe(tmp_path):
     overrides = ["experiment=imagenet256_dit_xl_2", "data.path=/nowhere", "trainer=fsdp", "trainer.dry_run=true"]
-    code, output, seconds = dit("train", *overrides, cwd=tmp_path)
+    code, output, _ = dit("train", *overrides, cwd=tmp_path)
     assert code == 0, output
-    assert seconds < 30
     assert list(tmp_path.iterdir()) == []
     assert "28 x Block" in output and "23,905,152 parameters,   2,988,144 on a rank" in output
     assert "675,129,632" in output and "182.2 TFLOP a step" in output and "8 assumed" in output

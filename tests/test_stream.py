@@ -58,7 +58,14 @@ def test_an_epoch_has_each_sample_once(undisturbed):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2, 3])
-@pytest.mark.parametrize("world_sizes", [(1, 2, 4, 8), (2, 1, 8, 4), (4, 8, 1, 2), (8, 4, 2, 1)])
+@pytest.mark.parametrize(
+    "world_sizes",
+    [
+        (1, 2, 4, 8),
+        (8, 4, 2, 1),
+        *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in ((2, 1, 8, 4), (4, 8, 1, 2))),
+    ],
+)
 def test_the_ledger_is_that_of_the_undisturbed_run(shards, undisturbed, world_sizes, num_workers):
     """Stopped at three steps, and continued with other numbers of devices."""
     bounds = [0, *KILLED_AFTER, STEPS]

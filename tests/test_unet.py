@@ -278,6 +278,7 @@ def test_every_parameter_has_a_gradient_and_units_hold_most_of_them():
     assert held > 0.9 * sum(parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_units_compile_without_graph_breaks():
     model = randomized(UNet(**TINY, **TEXT))
     told = {"text": torch.randn(2, 3, 12), "text_mask": torch.ones(2, 3, dtype=torch.bool)}
