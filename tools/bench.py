@@ -25,6 +25,7 @@ from bench_ema import ema
 from bench_goodput import goodput
 from bench_guard import guard
 from bench_memory import memory
+from bench_sample import sample
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -115,6 +116,16 @@ def main() -> None:
     command.add_argument("--batch-size", type=int, default=4)
     command.add_argument("--steps", type=int, default=10, help="in each repeat")
     command.add_argument("--repeats", type=int, default=5, help="A B C, A B C, ...: medians are over these")
+    command.add_argument("--compile", action="store_true", help="measure ours compiled, too")
+    command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch on the CPU")
+    command = commands.add_parser("sample", help="from labels to pixels, with guidance, against diffusers' DiTPipeline")
+    command.set_defaults(run=sample)
+    command.add_argument("overrides", nargs="*", help="of experiment=imagenet256_dit_s_2, like model=dit_b_2")
+    command.add_argument("--images", type=int, default=2)
+    command.add_argument("--steps", type=int, default=20)
+    command.add_argument("--scale", type=float, default=4.0)
+    command.add_argument("--interval", default="[0.1,0.6]", help="the times t at which the last row is guided")
+    command.add_argument("--repeats", type=int, default=5)
     command.add_argument("--compile", action="store_true", help="measure ours compiled, too")
     command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch on the CPU")
     command = commands.add_parser("data", help="samples a second, against webdataset's reader; going on at a step")
