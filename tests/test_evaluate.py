@@ -104,15 +104,16 @@ def test_what_was_drawn_is_not_drawn_again(where, monkeypatch):
     del drawn[:]
     again = judged(where, "metric=[fid,prec_recall]", *words)
     assert drawn == [1] and again["figures"]["fid"] == first["figures"]["fid"]
+    np.save(folder / "000000.npy", np.load(folder / "000000.npy")[:20])  # whole, but not a part
     del drawn[:]
     assert judged(where, "metric=fid", *words) == again  # said again, as the last line stays
     assert not drawn
     more = judged(where, "metric=fid", *words[1:], "num_samples=200")
-    assert drawn == [3] and more["figures"]["fid"] != first["figures"]["fid"]
+    assert drawn == [0, 3] and more["figures"]["fid"] != first["figures"]["fid"]
     shutil.rmtree(folder)
     (where / "runs" / "one" / "evaluation.jsonl").unlink()
     assert judged(where, "metric=fid", *words[1:], "num_samples=200") == more  # of samples that were all drawn anew
-    kept = Kept(folder, World())
+    kept = Kept(folder, World(), (50, 8, 8, 1))
     with pytest.raises(ConfigError, match="these samples are being drawn just now"):
         judged(where, "metric=fid", *words[1:], "num_samples=100")
     kept.drop()
@@ -123,7 +124,7 @@ def test_samples_of_an_evaluation_that_is_known(where, tmp_path):
     judged(where, *words)
     judged(where, *words, f"samples={tmp_path}/drawn.npz")
     assert len(lines(tmp_path / "all.jsonl")) == 1 and np.load(tmp_path / "drawn.npz")["arr_0"].shape == (30, 8, 8, 1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.jsonl", "drawn.npz", "evaluation"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.jsonl", "drawn.npz"]
 
 
 def test_a_run_that_may_only_be_read_and_is_from_before_extractors(where, tmp_path):
@@ -210,7 +211,7 @@ def test_mistakes_are_told_before_anything_is_drawn(where, tmp_path):
         ("metric=fid", "out=[a]"): r"out=\['a'\]: give a name or a path",
         ("metric=fid", f"samples={tmp_path}/bare.npz/x.npz"): "samples=.*/x.npz cannot be written",
         ("metric=sfid", f"reference={tmp_path}/bare.npz"): "no statistics of spatial features, nor images",
-        ("metric=kid", f"reference={tmp_path}/bare.npz"): "has statistics alone, but kid reads images",
+        ("metric=kid", f"reference={tmp_path}/bare.npz"): "has statistics alone, but metric=kid reads images",
         ("metric=fid", "extractor=inception", "extractor.path=/nowhere"): r"extractor\.path=/nowhere: there is no",
         ("metric=kid", "num_samples=500"): "subset_size=1000, but there are 500 images",
         ("metric=fid", "num_samples=5"): "num_samples=5 must be at least 20",
@@ -220,7 +221,11 @@ def test_mistakes_are_told_before_anything_is_drawn(where, tmp_path):
         ("metric=fid", "labels=mixed"): "labels=mixed: choose one of in_turn, random",
         ("metric=fid", "samples=x.png"): "give a name that ends so",
         ("metric=classifier", "samples=x.npz"): "choose one of them, too",
-        (): "has no metric of its own: choose one, like metric=fid",
+        (): "there is no metric for run=one: choose one, like metric=fid",
+        ("metric=fid", f"samples={tmp_path}/bare.npz"): "samples=.*bare.npz exists: take another name",
+        ("metric=fid", "out=plot.png"): "out=plot.png: the file is a .jsonl",
+        ("metric=fid", "reference=5"): "reference=5: give a name or a path",
+        ("metric=classifier", f"reference={tmp_path}/bare.npz"): "is for metrics that look at samples, like fid",
     }.items():
         with pytest.raises(ConfigError, match=message):
             judged(where, *words)
@@ -237,6 +242,9 @@ def test_a_reference_of_statistics_gives_the_figure_of_the_images(where, tmp_pat
     assert theirs["figures"] == pytest.approx(ours["figures"], rel=1e-9)
     with pytest.raises(ValueError, match="not judged alike"):
         evaluate.check_alike([ours["settings"], theirs["settings"]])
+    for cached in (where / "runs" / "references").iterdir():
+        cached.write_bytes(cached.read_bytes()[:100])
+    assert judged(where, *words, f"out={tmp_path}/again.jsonl")["figures"] == ours["figures"]
 
 
 def test_too_few_samples_are_told_before_training(config):

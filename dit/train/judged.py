@@ -40,7 +40,7 @@ def settings(
             it: run, step and weights then say which they are.
         device: where samples are drawn, `cpu` or `cuda`.
     """
-    varied = {name: asked[name] for name in VARIED}
+    varied = {name: asked[name] for name in VARIED} | {"batch_size": min(asked["batch_size"], asked["num_samples"])}
     return {**varied, **way(asked, judging), "step": step, "sha256": sha256, "device": device}
 
 
