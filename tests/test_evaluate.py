@@ -291,7 +291,7 @@ def test_figures_while_training_do_not_depend_on_the_processes(tmp_path, tiny, t
         [line] = [line for line in lines(folder / "metrics.jsonl") if "fid" in line]
         found[name] = [line, json.loads((folder / "summary.json").read_text())]
         noted = lines(folder / "evaluation.jsonl")
-        assert [record["step"] for record in noted] == [3, 6]
+        assert [record["settings"]["step"] for record in noted] == [3, 6]
         assert all((record["settings"]["sha256"] is None) == (name == "two" and trainer != "ddp") for record in noted)
     for one, two in zip(*found.values(), strict=True):
         assert two["fid"] == pytest.approx(one["fid"], rel=1e-4) and two["kid"] == pytest.approx(one["kid"], abs=1e-4)
@@ -318,7 +318,8 @@ def test_what_training_judges_is_noted_as_by_dit_evaluate(config, tmp_path, monk
         return lines(path)
 
     first = fit()
-    assert [(record["step"], record["settings"]["num_samples"]) for record in first] == [(3, 60), (6, 60), (8, 80)]
+    noted = [(record["by"], record["settings"]["step"], record["settings"]["num_samples"]) for record in first]
+    assert noted == [("train", 3, 60), ("train", 6, 60), ("train", 8, 80)]
     again = judged(tmp_path, "num_samples=80", "batch_size=20", run="noted")
     assert again == first[-1] and lines(path) == first  # which has the same settings, the weights' hash among them
     other = judged(tmp_path, "num_samples=80", "batch_size=20", "seed=1", run="noted")
@@ -358,9 +359,56 @@ def test_a_plot_over_steps_has_those_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
     settings = {"run": "one", "guidance": {}, "num_samples": 9, "weights": "ema"}
     plot(
-        [{"figures": {"fid": n}, "settings": {**settings, "sampler": {"num_steps": n}}} for n in (50, 9, 10)], tmp_path
+        [
+            {"figures": {"fid": n}, "settings": {**settings, "sha256": of, "sampler": {"num_steps": n}}}
+            for of in "ab"
+            for n in (50, 9, 10)
+        ],
+        tmp_path,
     )
+    labels = [line.get_label() for line in drawn[0].axes[0].lines]
+    assert labels == ["one, guidance 1", "one (2), guidance 1"] and drawn[0].get_suptitle().startswith("one, one (2):")
     axis = drawn[0].axes[0].xaxis
     assert [label.get_text() for label in axis.get_ticklabels()] == ["9", "10", "50"] and not len(
         axis.get_minorticklocs()
     )
+
+
+@pytest.fixture(scope="module")
+def record(where):
+    return judged(where, "metric=fid", "num_samples=40")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"figures": [1, 2]}, {"figures": {"fid": "2"}}, {"figures": {}}, {"settings": []}, {"settings": None}),
+        *({"metric": "fid"}, {"metric": {"fid": 1}}, {"extractors": {"fid": {"name": "small"}}}, {"sampler": "ddim"}),
+        *({"step": "50"}, {"step": True}, {"seed": None}, {"run": 1}),
+    ],
+)
+def test_what_is_no_evaluation_is_left_out_and_stays(record, tmp_path, capsys, wrong):
+    path, trained = tmp_path / "evaluation.jsonl", record | records.TRAINING
+    damaged = trained | {"settings": record["settings"] | wrong}
+    damaged |= {key: value for key, value in wrong.items() if key in record}
+    unknown = [json.dumps(damaged).encode(), b'{"step": 50}', b"\xff", b'{"by": "train", "fig']
+    path.write_bytes(b"\n".join([json.dumps(record).encode(), json.dumps(trained).encode(), *unknown]))
+    for _ in range(2):
+        assert records.evaluations(path) == [record, trained]
+    assert capsys.readouterr().out.count(f"{path}: lines 3, 4, 5, 6: no evaluation") == 1
+    records.rewind(path, 3)
+    assert records.evaluations(path) == [record, trained]
+    records.rewind(path, 2)
+    assert path.read_bytes() == b"\n".join([json.dumps(record).encode(), *unknown])
+    assert records.note(path, {"fid": 0.0}, record["settings"]) == record["figures"]  # which stand there
+
+
+def test_runs_of_one_name_are_told_apart(record):
+    """A run and exports of it: of other weights, and of the same."""
+    runs = {"one": ("one", "a"), "one (2)": ("one", "b"), "one (3)": ("one", "a"), "other": ("other", "a")}
+    several = [
+        {"settings": record["settings"] | {"run": run, "sha256": sha256, "guidance": {"scale": scale}}}
+        for run, sha256 in runs.values()
+        for scale in (1.0, 2.0)
+    ]
+    assert records.run_names(several) == [name for name in runs for _ in range(2)]

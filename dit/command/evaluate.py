@@ -22,7 +22,7 @@ from dit.command.compose import (
 from dit.command.existing import check_run, check_writable, load, offer, weights_asked
 from dit.command.plot import plot
 from dit.train import judged, saved
-from dit.train.sender import evaluations
+from dit.train.judged import evaluations
 
 if TYPE_CHECKING:
     from dit.train.judging import Judging

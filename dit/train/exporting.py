@@ -15,7 +15,7 @@ from dit.data.picture import opened
 from dit.noise.flow import Flow
 from dit.train import checkpoint, saved
 from dit.train.build import PIXELS, Parts, build
-from dit.train.sender import evaluations
+from dit.train.judged import evaluations
 from dit.weights import export, program, stock
 from dit.weights.card import USE, brief, card, sampler_name
 from dit.weights.identity import sha256
