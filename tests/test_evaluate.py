@@ -384,6 +384,7 @@ def record(where):
     [
         *({"figures": [1, 2]}, {"figures": {"fid": "2"}}, {"figures": {}}, {"settings": []}, {"settings": None}),
         *({"metric": "fid"}, {"metric": {"fid": 1}}, {"extractors": {"fid": {"name": "small"}}}, {"sampler": "ddim"}),
+        *({"sampler": {"_target_": "sample"}}, {"sampler": {"eta": "0"}}, {"guidance": {"weak": {"eta": []}}}),
         *({"step": "50"}, {"step": True}, {"seed": None}, {"run": 1}),
     ],
 )

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from noted import note
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
@@ -172,11 +173,11 @@ def test_a_card_has_figures_of_these_weights_alone(runs, tmp_path):
     """Also of those they were rounded from, which it says; an export that is exported again is what it was."""
     shutil.copytree(runs / "power", tmp_path / "power")
 
-    def note(run, **digests):
-        """As `dit evaluate` and training do: figures by names, and whose weights they are of."""
-        about = {"step": 20, "weights": "ema", "metric": {"bits": {}}, "sampler": {}}
-        records = [{"figures": {"bits": n}, "settings": {**about, "sha256": d}} for n, d in digests.items()]
-        (tmp_path / run / "evaluation.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    names = ["own", "other", "unsaid", "half", "made"]  # whose weights figures are of, which are their places here
+
+    def judge(run, **digests):
+        for name, digest in digests.items():
+            note(tmp_path / run, {"bits": names.index(name)}, step=20, sha256=digest, metric={"bits": {}})
 
     def judged(run, *overrides):
         """The figures of a card, and of which weights it says they are."""
@@ -184,20 +185,20 @@ def test_a_card_has_figures_of_these_weights_alone(runs, tmp_path):
         lines = (tmp_path / run / "README.md").read_text().splitlines()
         cells = [line.split(" | ") for line in lines[lines.index("## Evaluations by bits") + 4 :] if "|" in line]
         assert any(line.endswith(", rounded to bfloat16 |") for line in lines) == bool(about["rounded_from"])
-        return about, {row[-1].removesuffix(" |"): row[0].removeprefix("| ") for row in cells}
+        return about, {names[int(row[-1].removesuffix(" |"))]: row[0].removeprefix("| ") for row in cells}
 
     newest = checkpoint.newest(tmp_path / "power" / "checkpoints")
     parts = Parts(OmegaConf.load(tmp_path / "power" / "config.yaml"))
     own, other = (sha256(trained.load(parts, newest, weights)) for weights in ("ema", "model"))
-    note("power", own=own, other=other, unsaid=None)
+    judge("power", own=own, other=other, unsaid=None)
     assert judged("whole", "run=power")[1] == {"own": "ema", "unsaid": "ema"}
     half = {"own": "ema, before rounding", "unsaid": "ema, before rounding"}
     assert judged("half", "run=power", "precision=bfloat16")[1] == half
-    note("half", half=sha256(dit.load(tmp_path / "half")._loaded.denoiser), other=own[::-1])
+    judge("half", half=sha256(dit.load(tmp_path / "half")._loaded.denoiser), other=own[::-1])
     for precision in ("float32", "bfloat16"):
         assert judged(f"{precision}_again", "run=half", f"precision={precision}")[1] == {**half, "half": "ema"}
     exported(tmp_path, tmp_path / "made", "run=power", "ema_std=0.08")
-    note("made", made=sha256(dit.load(tmp_path / "made")._loaded.denoiser))
+    judge("made", made=sha256(dit.load(tmp_path / "made")._loaded.denoiser))
     about, figures = judged("made_again", "run=made")
     assert figures == {"made": "an average of std 0.08"} and about["ema_std"] == 0.08 and "weights" not in about
 

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from noted import EXTRACTOR, note
 from omegaconf import OmegaConf
 
 import dit
@@ -498,17 +499,15 @@ def test_onnx_draws_what_the_run_does(trained, tmp_path, batch_size):
 def test_the_card_says_what_matters(trained, tmp_path):
     run = trained("sampler.num_steps=4", "guidance.scale=2", experiment="digits")
     run.folder.mkdir()
-    settings = {"step": 7, "weights": "ema", "num_samples": 20, "metric": {"bits": {}}}
-    extractors = {"bits": {"name": "small-64-0", "sha256": "0123456789", "resize": "none"}}
-    settings |= {"extractors": extractors, "reference": {"training_images": "89ab", "rows": 9}}
+    settings = {"step": 7, "metric": {"bits": {}}, "extractors": {"bits": EXTRACTOR}}
+    settings["reference"] = {"training_images": "89ab", "rows": 9}
     settings |= {
         group: OmegaConf.to_container(run.cfg[group], resolve=True) for group in ("sampler", "grid", "guidance")
     }
-    records = [{"figures": {"bits": 3.5}, "settings": settings}]
+    records = [note(run.folder, {"bits": 3.5}, **settings)]
     guided = {"_target_": "dit.sampler.guidance.ClassifierFree", "_partial_": True, "scale": 7.0, "interval": None}
-    records += [{"figures": {"bits": 9.5}, "settings": {**settings, "guidance": guided}}]
-    records += [{"figures": {"bits": 1.5}, "settings": {**settings, "step": 6}}]  # of other weights
-    (run.folder / "evaluation.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    records += [note(run.folder, {"bits": 9.5}, **{**settings, "guidance": guided})]
+    note(run.folder, {"bits": 1.5}, **{**settings, "step": 6})  # of other weights
     (run.folder / "samples").mkdir()
     pictures = {name: encode_png(torch.full((1, 2, 2), 9 * i, dtype=torch.uint8)) for i, name in enumerate("5a9")}
     for name, picture in {**pictures, "6": b""}.items():  # nothing is a picture, and a is no step
@@ -532,7 +531,7 @@ def test_the_card_says_what_matters(trained, tmp_path):
     assert all((same | seen).items() <= row.items() for row in rows)
     kept = json.loads((path / "config.json").read_text())["evaluations"]
     assert [record["figures"] for record in kept] == [{"bits": 3.5}, {"bits": 9.5}]
-    assert kept == records[:2] and "_target_" not in card
+    assert kept == records and "_target_" not in card
     assert "| function evaluations | 8 |" in card and "ClassifierFree of scale 2" in card and "digits/train" in card
     assert (path / "samples.png").read_bytes() == pictures["5"]
     other = written(run, tmp_path / "other", "native", whose="model")  # which drew none of the pictures

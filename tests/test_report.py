@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from noted import note
 from omegaconf import OmegaConf
 
 from dit.command import report
@@ -48,13 +49,9 @@ def judged(tmp_path):
 
     def append(run, fid, number, step=8, **more):
         inception = {"name": "inception", "sha256": "1a" * 32, "resize": "to 299"}
-        settings = {"metric": {"fid": {}}, "extractors": {"fid": inception}, "reference": {"training_images": "2b" * 8}}
-        settings |= {"num_samples": number, "labels": "in_turn", "precision": "float32", "image_size": 8, "seed": 0}
-        settings |= {"run": run, "weights": "ema", "sha256": None, "batch_size": 500, "device": "cpu", "grid": {}}
-        settings |= {"step": step, "guidance": {"scale": 1.0}, "sampler": {"num_steps": 4, **EULER}, **more}
-        record = {"figures": {"fid": fid}, "settings": settings}
-        with (tmp_path / "runs" / run / "evaluation.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        settings = {"run": run, "step": step, "extractors": {"fid": inception}, "num_samples": number}
+        settings |= {"guidance": {"scale": 1.0}, "sampler": {"num_steps": 4, **EULER}, **more}
+        note(tmp_path / "runs" / run, {"fid": fid}, **settings)
 
     return append
 

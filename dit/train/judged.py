@@ -73,7 +73,8 @@ def is_evaluation(record: Any) -> bool:
         bool(figures)
         and all(_is(value, int | float) for value in figures.values())
         and all(name in settings and _is(settings[name], kind) for name, kind in KINDS.items())
-        and all(_is(node, dict) and _is(node.get("figure", node), dict) for node in settings["metric"].values())
+        and all(_is_node(settings[name] or {}) for name in ("sampler", "grid", "guidance"))
+        and all(_is_node(node) and _is_node(node.get("figure", node)) for node in settings["metric"].values())
         and all(
             _is(about, dict) and all(_is(about.get(key), str) for key in ("name", "sha256", "resize"))
             for about in settings["extractors"].values()
@@ -140,6 +141,16 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
 
 def _is(value: Any, kind: Any) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _is_node(node: Any) -> bool:
+    """Whether it is one of a configuration, which cards and reports can say in words."""
+    return (
+        isinstance(node, dict)
+        and "." in str(node.get("_target_", "."))
+        and _is(node.get("eta", 0), int | float)
+        and all(_is_node(child) for child in node.values() if isinstance(child, dict))
+    )
 
 
 @cache
