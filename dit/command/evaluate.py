@@ -31,19 +31,7 @@ if TYPE_CHECKING:
 
 FILES = {"reference": ".npz", "samples": ".npz", "out": ".jsonl"}
 VERBATIM = tuple(FILES)
-DRAWN = (  # what moves samples
-    "step",
-    "weights",
-    "sha256",
-    "sampler",
-    "grid",
-    "guidance",
-    "seed",
-    "batch_size",
-    "labels",
-    "precision",
-    "device",
-)
+DRAWN = (*judged.VARIED, "step", "sha256", "labels", "precision", "device")  # what moves samples
 
 
 def configuration(overrides: Sequence[str]) -> str:
@@ -326,14 +314,14 @@ def _say(jobs: Sequence[DictConfig], records: Sequence[Mapping[str, Any]]) -> No
         columns = list(records[0]["figures"])
         print("| run | guidance | steps | " + " | ".join(columns) + " |")
         print("|---" * (3 + len(columns)) + "|")
-        for record in records:
+        for name, record in zip(judged.run_names(records), records, strict=True):
             settings = record["settings"]
             scale, num_steps = (
                 (settings["guidance"] or {}).get("scale", 1),
                 (settings["sampler"] or {}).get("num_steps", ""),
             )
-            cells = " | ".join(f"{record['figures'][name]:.4g}" for name in columns)
-            print(f"| {settings['run']} | {scale} | {num_steps} | {cells} |")
+            cells = " | ".join(f"{record['figures'][column]:.4g}" for column in columns)
+            print(f"| {name} | {scale} | {num_steps} | {cells} |")
         if len(_several(cfg.scales)) > 1 or len(_several(cfg.steps)) > 1:
             try:
                 plot(records, out.with_suffix(".png"))

@@ -15,7 +15,7 @@ from dit.data.picture import opened
 from dit.noise.flow import Flow
 from dit.train import checkpoint, saved
 from dit.train.build import PIXELS, Parts, build
-from dit.train.judged import evaluations
+from dit.train.judged import evaluations, is_evaluation
 from dit.weights import export, program, stock
 from dit.weights.card import USE, brief, card, sampler_name
 from dit.weights.identity import sha256
@@ -232,10 +232,11 @@ class Exporting:
         """What was measured of these weights, and before they were rounded, with all it depends on."""
         known = [*self.about.get("sha256", []), *self.about.get("rounded_from", [])]
         whose = {"step": self.about["step"], "weights": self.about.get("weights"), "sha256": None}  # see `judged`
-        found = saved.exported(self.folder).get("evaluations", [])  # of what is exported again
+        found = [*saved.exported(self.folder).get("evaluations", [])]  # of what is exported again
+        found = [*filter(is_evaluation, found), *evaluations(self.folder / "evaluation.jsonl")]
         return [
             record
-            for record in [*found, *evaluations(self.folder / "evaluation.jsonl")]
+            for record in found
             if record["settings"].get("sha256") in known
             or whose.items() <= {"sha256": None, **record["settings"]}.items()
         ]

@@ -81,7 +81,9 @@ def brief(node: Any) -> str:
     if not isinstance(node, Mapping):
         return _said(node)
     name = str(node.get("_target_", "")).rpartition(".")[2]
-    options = {key: value for key, value in node.items() if not key.startswith("_") and value is not None}
+    options = {
+        key: value for key, value in node.items() if not key.startswith("_") and key != "runs_dir" and value is not None
+    }
     if name == "sample":
         name = sampler_name(node)
         if name.startswith("ancestral"):
