@@ -174,7 +174,7 @@ def test_encoding_that_was_killed_goes_on_to_the_same_bytes(shards, vae, tmp_pat
     done = len(list(out.glob("*.npz")))
     assert 3 <= done < 17 and not (out / index.MANIFEST).exists()
     (out / "000003.tar").write_bytes(b"half")  # as if it had been cut
-    before = {path: path.stat().st_mtime_ns for path in sorted(out.glob("*.tar"))[:3]}
+    before = {path: path.stat().st_mtime_ns for path in sorted(out.glob("*.tar"))[:2]}  # the third may be half
     encoded(shards, vae, out)
     assert before == {path: path.stat().st_mtime_ns for path in before}
     left = {name: data for name, data in contents(out).items() if not name.endswith(".tmp")}

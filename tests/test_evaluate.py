@@ -104,15 +104,16 @@ def test_what_was_drawn_is_not_drawn_again(where, monkeypatch):
     del drawn[:]
     again = judged(where, "metric=[fid,prec_recall]", *words)
     assert drawn == [1] and again["figures"]["fid"] == first["figures"]["fid"]
+    np.save(folder / "000000.npy", np.load(folder / "000000.npy")[:20])  # whole, but not a part
     del drawn[:]
     assert judged(where, "metric=fid", *words) == again  # said again, as the last line stays
     assert not drawn
     more = judged(where, "metric=fid", *words[1:], "num_samples=200")
-    assert drawn == [3] and more["figures"]["fid"] != first["figures"]["fid"]
+    assert drawn == [0, 3] and more["figures"]["fid"] != first["figures"]["fid"]
     shutil.rmtree(folder)
     (where / "runs" / "one" / "evaluation.jsonl").unlink()
     assert judged(where, "metric=fid", *words[1:], "num_samples=200") == more  # of samples that were all drawn anew
-    kept = Kept(folder, World())
+    kept = Kept(folder, World(), (50, 8, 8, 1))
     with pytest.raises(ConfigError, match="these samples are being drawn just now"):
         judged(where, "metric=fid", *words[1:], "num_samples=100")
     kept.drop()
@@ -123,7 +124,7 @@ def test_samples_of_an_evaluation_that_is_known(where, tmp_path):
     judged(where, *words)
     judged(where, *words, f"samples={tmp_path}/drawn.npz")
     assert len(lines(tmp_path / "all.jsonl")) == 1 and np.load(tmp_path / "drawn.npz")["arr_0"].shape == (30, 8, 8, 1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.jsonl", "drawn.npz", "evaluation"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.jsonl", "drawn.npz"]
 
 
 def test_a_run_that_may_only_be_read_and_is_from_before_extractors(where, tmp_path):
@@ -210,7 +211,7 @@ def test_mistakes_are_told_before_anything_is_drawn(where, tmp_path):
         ("metric=fid", "out=[a]"): r"out=\['a'\]: give a name or a path",
         ("metric=fid", f"samples={tmp_path}/bare.npz/x.npz"): "samples=.*/x.npz cannot be written",
         ("metric=sfid", f"reference={tmp_path}/bare.npz"): "no statistics of spatial features, nor images",
-        ("metric=kid", f"reference={tmp_path}/bare.npz"): "has statistics alone, but kid reads images",
+        ("metric=kid", f"reference={tmp_path}/bare.npz"): "has statistics alone, but metric=kid reads images",
         ("metric=fid", "extractor=inception", "extractor.path=/nowhere"): r"extractor\.path=/nowhere: there is no",
         ("metric=kid", "num_samples=500"): "subset_size=1000, but there are 500 images",
         ("metric=fid", "num_samples=5"): "num_samples=5 must be at least 20",
@@ -220,7 +221,11 @@ def test_mistakes_are_told_before_anything_is_drawn(where, tmp_path):
         ("metric=fid", "labels=mixed"): "labels=mixed: choose one of in_turn, random",
         ("metric=fid", "samples=x.png"): "give a name that ends so",
         ("metric=classifier", "samples=x.npz"): "choose one of them, too",
-        (): "has no metric of its own: choose one, like metric=fid",
+        (): "there is no metric for run=one: choose one, like metric=fid",
+        ("metric=fid", f"samples={tmp_path}/bare.npz"): "samples=.*bare.npz exists: take another name",
+        ("metric=fid", "out=plot.png"): "out=plot.png: the file is a .jsonl",
+        ("metric=fid", "reference=5"): "reference=5: give a name or a path",
+        ("metric=classifier", f"reference={tmp_path}/bare.npz"): "is for metrics that look at samples, like fid",
     }.items():
         with pytest.raises(ConfigError, match=message):
             judged(where, *words)
@@ -237,6 +242,9 @@ def test_a_reference_of_statistics_gives_the_figure_of_the_images(where, tmp_pat
     assert theirs["figures"] == pytest.approx(ours["figures"], rel=1e-9)
     with pytest.raises(ValueError, match="not judged alike"):
         evaluate.check_alike([ours["settings"], theirs["settings"]])
+    for cached in (where / "runs" / "references").iterdir():
+        cached.write_bytes(cached.read_bytes()[:100])
+    assert judged(where, *words, f"out={tmp_path}/again.jsonl")["figures"] == ours["figures"]
 
 
 def test_too_few_samples_are_told_before_training(config):
@@ -283,7 +291,7 @@ def test_figures_while_training_do_not_depend_on_the_processes(tmp_path, tiny, t
         [line] = [line for line in lines(folder / "metrics.jsonl") if "fid" in line]
         found[name] = [line, json.loads((folder / "summary.json").read_text())]
         noted = lines(folder / "evaluation.jsonl")
-        assert [record["step"] for record in noted] == [3, 6]
+        assert [record["settings"]["step"] for record in noted] == [3, 6]
         assert all((record["settings"]["sha256"] is None) == (name == "two" and trainer != "ddp") for record in noted)
     for one, two in zip(*found.values(), strict=True):
         assert two["fid"] == pytest.approx(one["fid"], rel=1e-4) and two["kid"] == pytest.approx(one["kid"], abs=1e-4)
@@ -310,7 +318,8 @@ def test_what_training_judges_is_noted_as_by_dit_evaluate(config, tmp_path, monk
         return lines(path)
 
     first = fit()
-    assert [(record["step"], record["settings"]["num_samples"]) for record in first] == [(3, 60), (6, 60), (8, 80)]
+    noted = [(record["by"], record["settings"]["step"], record["settings"]["num_samples"]) for record in first]
+    assert noted == [("train", 3, 60), ("train", 6, 60), ("train", 8, 80)]
     again = judged(tmp_path, "num_samples=80", "batch_size=20", run="noted")
     assert again == first[-1] and lines(path) == first  # which has the same settings, the weights' hash among them
     other = judged(tmp_path, "num_samples=80", "batch_size=20", "seed=1", run="noted")
@@ -350,9 +359,57 @@ def test_a_plot_over_steps_has_those_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
     settings = {"run": "one", "guidance": {}, "num_samples": 9, "weights": "ema"}
     plot(
-        [{"figures": {"fid": n}, "settings": {**settings, "sampler": {"num_steps": n}}} for n in (50, 9, 10)], tmp_path
+        [
+            {"figures": {"fid": n}, "settings": {**settings, "sha256": of, "sampler": {"num_steps": n}}}
+            for of in "ab"
+            for n in (50, 9, 10)
+        ],
+        tmp_path,
     )
+    labels = [line.get_label() for line in drawn[0].axes[0].lines]
+    assert labels == ["one, guidance 1", "one (2), guidance 1"] and drawn[0].get_suptitle().startswith("one, one (2):")
     axis = drawn[0].axes[0].xaxis
     assert [label.get_text() for label in axis.get_ticklabels()] == ["9", "10", "50"] and not len(
         axis.get_minorticklocs()
     )
+
+
+@pytest.fixture(scope="module")
+def record(where):
+    return judged(where, "metric=fid", "num_samples=40")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"figures": [1, 2]}, {"figures": {"fid": "2"}}, {"figures": {}}, {"settings": []}, {"settings": None}),
+        *({"metric": "fid"}, {"metric": {"fid": 1}}, {"extractors": {"fid": {"name": "small"}}}, {"sampler": "ddim"}),
+        *({"sampler": {"_target_": "sample"}}, {"sampler": {"eta": "0"}}, {"guidance": {"weak": {"eta": []}}}),
+        *({"step": "50"}, {"step": True}, {"seed": None}, {"run": 1}),
+    ],
+)
+def test_what_is_no_evaluation_is_left_out_and_stays(record, tmp_path, capsys, wrong):
+    path, trained = tmp_path / "evaluation.jsonl", record | records.TRAINING
+    damaged = trained | {"settings": record["settings"] | wrong}
+    damaged |= {key: value for key, value in wrong.items() if key in record}
+    unknown = [json.dumps(damaged).encode(), b'{"step": 50}', b"\xff", b'{"by": "train", "fig']
+    path.write_bytes(b"\n".join([json.dumps(record).encode(), json.dumps(trained).encode(), *unknown]))
+    for _ in range(2):
+        assert records.evaluations(path) == [record, trained]
+    assert capsys.readouterr().out.count(f"{path}: lines 3, 4, 5, 6: no evaluation") == 1
+    records.rewind(path, 3)
+    assert records.evaluations(path) == [record, trained]
+    records.rewind(path, 2)
+    assert path.read_bytes() == b"\n".join([json.dumps(record).encode(), *unknown])
+    assert records.note(path, {"fid": 0.0}, record["settings"]) == record["figures"]  # which stand there
+
+
+def test_runs_of_one_name_are_told_apart(record):
+    """A run and exports of it: of other weights, and of the same."""
+    runs = {"one": ("one", "a"), "one (2)": ("one", "b"), "one (3)": ("one", "a"), "other": ("other", "a")}
+    several = [
+        {"settings": record["settings"] | {"run": run, "sha256": sha256, "guidance": {"scale": scale}}}
+        for run, sha256 in runs.values()
+        for scale in (1.0, 2.0)
+    ]
+    assert records.run_names(several) == [name for name in runs for _ in range(2)]

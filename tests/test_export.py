@@ -1,18 +1,23 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from noted import note
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+import dit
 from dit.command import export
 from dit.command.compose import ConfigError, compose
-from dit.train import checkpoint
+from dit.train import checkpoint, trained
 from dit.train.build import Parts
+from dit.train.exporting import identities
 from dit.train.run import Run
+from dit.weights.identity import sha256
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +95,6 @@ def test_an_average_of_another_length_is_made_of_the_snapshots(runs, tmp_path, s
 
 
 def test_a_damaged_snapshot_is_passed_over(runs, tmp_path, capsys):
-    import shutil
-
     shutil.copytree(runs / "power", tmp_path / "runs" / "power")
     newest = checkpoint.committed(tmp_path / "runs" / "power" / "snapshots")[-1]
     file = max(newest.glob("*.distcp"), key=lambda file: file.stat().st_size)
@@ -116,6 +119,13 @@ def test_what_is_there_stays_unless_told_otherwise(runs, tmp_path):
     assert all(torch.equal(first[name], value) for name, value in load_file(path / "model.safetensors").items())
     second, _ = exported(runs, path, "run=power", "weights=model", "overwrite=true")
     assert any(not torch.equal(first[name], second[name]) for name in first)
+    (path / "evaluation.jsonl").write_text("{}")
+    (path / "evaluation").mkdir()
+    with pytest.raises(
+        ConfigError, match=r"has evaluations.*: choose another path, or move .*/evaluation, .*n\.jsonl away"
+    ):
+        exported(runs, path, "run=power", "overwrite=true")
+    assert (path / "evaluation.jsonl").exists() and (path / "evaluation").exists()
     (path / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="exists and is no export: choose another path"):
         exported(runs, path, "run=power", "overwrite=true")
@@ -143,6 +153,7 @@ def test_what_is_there_stays_unless_told_otherwise(runs, tmp_path):
         (["run=power", "batch_size=4"], "batch_size=4 is for format=pt2 and format=onnx"),
         (["run=power", "format=pt2", "batch_size=0"], "batch_size=0 must be at least 1"),
         (["run=power", "shard_gb=0"], "shard_gb=0 must be greater than 0"),
+        (["run=power", "shard_gb=1e300"], r"shard_gb=1e\+300 must be at most 1000000: leave it out"),
         (["run=power", "push=digits"], "push=digits: give a repository of the hub, like push=name/model"),
         (["run=power", "push=a/b/c"], "push=a/b/c: give a repository of the hub, like push=name/model"),
         (["run=power", "licence=3"], "licence=3: give the name that hubs have for it, like licence=apache-2.0"),
@@ -156,6 +167,51 @@ def test_mistakes_are_answered_and_leave_nothing(runs, tmp_path, overrides, mess
     with pytest.raises(ConfigError, match=message):
         exported(runs, tmp_path / "out", *overrides)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_card_has_figures_of_these_weights_alone(runs, tmp_path):
+    """Also of those they were rounded from, which it says; an export that is exported again is what it was."""
+    shutil.copytree(runs / "power", tmp_path / "power")
+
+    names = ["own", "other", "unsaid", "half", "made"]  # whose weights figures are of, which are their places here
+
+    def judge(run, **digests):
+        for name, digest in digests.items():
+            note(tmp_path / run, {"bits": names.index(name)}, step=20, sha256=digest, metric={"bits": {}})
+
+    def judged(run, *overrides):
+        """The figures of a card, and of which weights it says they are."""
+        _, about = exported(tmp_path, tmp_path / run, *overrides)
+        lines = (tmp_path / run / "README.md").read_text().splitlines()
+        cells = [line.split(" | ") for line in lines[lines.index("## Evaluations by bits") + 4 :] if "|" in line]
+        assert any(line.endswith(", rounded to bfloat16 |") for line in lines) == bool(about["rounded_from"])
+        return about, {names[int(row[-1].removesuffix(" |"))]: row[0].removeprefix("| ") for row in cells}
+
+    newest = checkpoint.newest(tmp_path / "power" / "checkpoints")
+    parts = Parts(OmegaConf.load(tmp_path / "power" / "config.yaml"))
+    own, other = (sha256(trained.load(parts, newest, weights)) for weights in ("ema", "model"))
+    judge("power", own=own, other=other, unsaid=None)
+    assert judged("whole", "run=power")[1] == {"own": "ema", "unsaid": "ema"}
+    half = {"own": "ema, before rounding", "unsaid": "ema, before rounding"}
+    assert judged("half", "run=power", "precision=bfloat16")[1] == half
+    judge("half", half=sha256(dit.load(tmp_path / "half")._loaded.denoiser), other=own[::-1])
+    for precision in ("float32", "bfloat16"):
+        assert judged(f"{precision}_again", "run=half", f"precision={precision}")[1] == {**half, "half": "ema"}
+    exported(tmp_path, tmp_path / "made", "run=power", "ema_std=0.08")
+    judge("made", made=sha256(dit.load(tmp_path / "made")._loaded.denoiser))
+    about, figures = judged("made_again", "run=made")
+    assert figures == {"made": "an average of std 0.08"} and about["ema_std"] == 0.08 and "weights" not in about
+
+
+def test_an_adapter_is_judged_as_it_was_trained(runs):
+    """Not merged, so that its weights have another name."""
+    weights = trained.weights_of(checkpoint.newest(runs / "power" / "checkpoints"))
+    adapted = {f"{name}.base_layer": value for name, value in weights.items()}
+    merged, trained_as = (sha256({f"network.{k}": v for k, v in each.items()}) for each in (weights, adapted))
+    about = identities(weights, weights, adapted, {})
+    assert about == {"sha256": [merged, trained_as], "rounded_from": []}
+    half = {name: value.bfloat16() for name, value in weights.items()}
+    assert identities(weights, half, adapted, {})["rounded_from"] == [merged, trained_as]
 
 
 def test_the_command_line(runs, tmp_path):

@@ -11,13 +11,16 @@ import sys
 import zipfile
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from noted import EXTRACTOR, note
 from omegaconf import OmegaConf
 
 import dit
 from dit.command import export as command
 from dit.command.compose import ConfigError, compose
+from dit.data.image import encode_png
 from dit.noise.denoiser import Denoiser
 from dit.train.build import Parts
 from dit.train.exporting import Exporting
@@ -74,10 +77,10 @@ def trained(tmp_path, vae):
     return of
 
 
-def written(run, path, kind, dtype=torch.float32, batch_size=None, **options):
+def written(run, path, kind, dtype=torch.float32, batch_size=None, whose="ema", **options):
     """The folder that `dit export` writes of a run."""
     weights = {name: value.to(dtype) for name, value in run.weights.items()}
-    about = {"format": kind, "precision": str(dtype), "weights": "ema", "step": 7, "parameters": 1}
+    about = {"format": kind, "precision": str(dtype), "weights": whose, "step": 7, "parameters": 1}
     exporting = Exporting(run.folder, copy.deepcopy(run.cfg), weights, about, run.few_step, **options)
     export.commit(path, lambda to: exporting.write(to, batch_size))
     return path
@@ -245,6 +248,8 @@ WRONG_NUMBERS = [
     *[("seed", value) for value in (-1, 0.5, None)],
     ("batch_size", 0),
 ]
+NAN = torch.full((1, 1, 8, 8), float("nan"))
+LARGE = torch.full((1, 1, 8, 8), 1e300, dtype=torch.float64)
 WRONG_NOISE = [torch.zeros(2, 1, 8, 8), torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 8, 8, dtype=torch.int), 1]
 
 
@@ -259,6 +264,11 @@ def test_what_is_asked_of_a_model_and_cannot_be(trained, tmp_path):
         *[({"label": label}, f"{re.escape(str([label]))}: give whole numbers from 0 to 9") for label in WRONG_LABELS],
         *[({"label": 0, name: value}, f"{name}={value!r}: give a") for name, value in WRONG_NUMBERS],
         *[({"label": 0, "noise": noise}, r"noise=.*: give torch.randn\(1, 1, 8, 8\)") for noise in WRONG_NOISE],
+        *[
+            ({"label": 0, "noise": noise}, "noise= is not finite everywhere: give torch.randn")
+            for noise in (NAN, LARGE)
+        ],
+        ({"label": 0, "guidance": 1e38}, r"drawn with num_steps=2, guidance=1e\+38 is not finite: give a smaller"),
     ]:
         for draw in (model.sample, model.latents):
             with pytest.raises(ValueError, match=message):
@@ -269,11 +279,22 @@ def test_what_is_asked_of_a_model_and_cannot_be(trained, tmp_path):
     assert not torch.equal(guided, model.sample(label=LABELS)) and not torch.equal(guided, other)
 
 
+def test_what_is_asked_of_a_model_in_other_types(trained, tmp_path):
+    model = dit.load(written(trained("sampler.num_steps=2", experiment="digits"), tmp_path / "out", "native"))
+    noise = torch.randn(2, 1, 8, 8).bfloat16()
+    for label in (np.array([0, 1]), range(2), (np.int64(0), 1), np.array([0, 1], dtype=np.uint8), torch.arange(2)):
+        for same in (noise, noise.float(), noise.double()):
+            assert torch.equal(model.latents(label=label, noise=same), model.latents(label=[0, 1], noise=noise))
+    with pytest.raises(ValueError, match=r"label=\[0\.5\]: give whole numbers"):
+        model.sample(label=np.array([0.5]))
+
+
 def test_a_picture_is_for_all_or_for_each(trained, tmp_path):
     run = trained("sampler.num_steps=2", experiment="digits_superres")
     model = dit.load(written(run, tmp_path / "out", "native"))
     low = torch.randint(256, (1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(model.sample(3, low_resolution=low), model.sample(low_resolution=low.repeat(3, 1, 1, 1)))
+    assert torch.equal(model.sample(3, low_resolution=low), model.sample(3, low_resolution=low.numpy()))
     with pytest.raises(ValueError, match=r"noise_level='x': give a number of at least 0, like noise_level=0\.1"):
         model.sample(low_resolution=low, noise_level="x")
 
@@ -478,44 +499,43 @@ def test_onnx_draws_what_the_run_does(trained, tmp_path, batch_size):
 def test_the_card_says_what_matters(trained, tmp_path):
     run = trained("sampler.num_steps=4", "guidance.scale=2", experiment="digits")
     run.folder.mkdir()
-    (run.folder / "summary.json").write_text(json.dumps({"step": 7, "frechet": 1.25, "loss": 0.1}))
-    settings = {"step": 7, "weights": "ema", "num_samples": 20, "metric": {"bits": {}}}
-    extractors = {"bits": {"name": "small-64-0", "sha256": "0123456789", "resize": "none"}}
-    settings |= {"extractors": extractors, "reference": {"training_images": "89ab", "rows": 9}}
+    settings = {"step": 7, "metric": {"bits": {}}, "extractors": {"bits": EXTRACTOR}}
+    settings["reference"] = {"training_images": "89ab", "rows": 9}
     settings |= {
         group: OmegaConf.to_container(run.cfg[group], resolve=True) for group in ("sampler", "grid", "guidance")
     }
-    records = [{"figures": {"bits": 3.5}, "settings": settings}]
+    records = [note(run.folder, {"bits": 3.5}, **settings)]
     guided = {"_target_": "dit.sampler.guidance.ClassifierFree", "_partial_": True, "scale": 7.0, "interval": None}
-    records += [{"figures": {"bits": 9.5}, "settings": {**settings, "guidance": guided}}]
-    records += [{"figures": {"bits": 1.5}, "settings": {**settings, "step": 6}}]  # of other weights
-    (run.folder / "evaluation.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    records += [note(run.folder, {"bits": 9.5}, **{**settings, "guidance": guided})]
+    note(run.folder, {"bits": 1.5}, **{**settings, "step": 6})  # of other weights
     (run.folder / "samples").mkdir()
-    for step in (5, 9):
-        (run.folder / "samples" / f"step-{step:08d}.png").write_bytes(bytes([step]))
+    pictures = {name: encode_png(torch.full((1, 2, 2), 9 * i, dtype=torch.uint8)) for i, name in enumerate("5a9")}
+    for name, picture in {**pictures, "6": b""}.items():  # nothing is a picture, and a is no step
+        (run.folder / "samples" / f"step-{name:0>8}.png").write_bytes(picture)
     path = written(run, tmp_path / "out", "native", licence="apache-2.0")
     card = (path / "README.md").read_text()
     for said in ("license: apache-2.0", "samples.png", "7 steps of"):
         assert said in card
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in card.splitlines() if line.startswith("| ")]
     tables = [line for line in lines if len(line) > 2 and "---" not in line]
-    [told, ended], [columns, *rows] = tables[:2], tables[2:]
-    ended = dict(zip(told, ended, strict=True))
-    assert {"frechet": "1.25", "samples": "2000", "steps": "4", "seed": "0"}.items() <= ended.items()
+    [columns, *rows] = tables
     rows = [dict(zip(columns, row, strict=True)) for row in rows]
     assert [(row["bits"], row["guidance"]) for row in rows] == [
         ("3.5", "ClassifierFree scale=2 rescale=0"),
         ("9.5", "ClassifierFree scale=7"),
     ]
-    same = {"weights": "ema", "step": "7", "samples": "20", "sampler": "ancestral eta=0 variance=small", "steps": "4"}
+    named = "ancestral with eta 0 (DDIM, Euler)"
+    assert f"| sampler | {named}, 4 steps, grid evenly |" in card
+    same = {"weights": "ema", "step": "7", "samples": "20", "sampler": f"{named} variance=small", "steps": "4"}
     seen = {"extractor": "small-64-0 (01234567)", "reference": "training_images=89ab rows=9", "grid": "evenly"}
-    assert all((same | seen).items() <= row.items() for row in rows) and "loss" not in {*told, *columns}
+    assert all((same | seen).items() <= row.items() for row in rows)
     kept = json.loads((path / "config.json").read_text())["evaluations"]
-    assert [record["figures"] for record in kept] == [{"frechet": 1.25}, {"bits": 3.5}, {"bits": 9.5}]
-    assert kept[1:] == records[:2] and "_target_" not in card
+    assert [record["figures"] for record in kept] == [{"bits": 3.5}, {"bits": 9.5}]
+    assert kept == records and "_target_" not in card
     assert "| function evaluations | 8 |" in card and "ClassifierFree of scale 2" in card and "digits/train" in card
-    assert (path / "samples.png").read_bytes() == bytes([5])
-    assert "not stated" in (written(run, tmp_path / "other", "native") / "README.md").read_text()
+    assert (path / "samples.png").read_bytes() == pictures["5"]
+    other = written(run, tmp_path / "other", "native", whose="model")  # which drew none of the pictures
+    assert "not stated" in (other / "README.md").read_text() and not (other / "samples.png").exists()
 
 
 @pytest.mark.parametrize("convention", ["published", "diffusers_dit"])

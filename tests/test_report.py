@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from noted import note
 from omegaconf import OmegaConf
 
 from dit.command import report
 from dit.command.compose import ConfigError, compose, jobs, launch
 from dit.data.image import encode_png
+from dit.weights.card import brief
+
+EULER = {"_target_": "dit.sampler.ancestral.sample", "_partial_": True, "eta": 0.0, "variance": "small"}
 
 
 @pytest.fixture
@@ -41,16 +45,13 @@ def runs(tmp_path):
 
 @pytest.fixture
 def judged(tmp_path):
-    """Appends an evaluation to a run: of a step if training has made it."""
+    """Appends an evaluation to a run."""
 
-    def append(run, fid, number, step=None, **more):
+    def append(run, fid, number, step=8, **more):
         inception = {"name": "inception", "sha256": "1a" * 32, "resize": "to 299"}
-        settings = {"metric": {"fid": {}}, "extractors": {"fid": inception}, "reference": {"training_images": "2b" * 8}}
-        settings |= {"num_samples": number, "labels": "in_turn", "precision": "float32", "image_size": 8, "seed": 0}
-        settings |= {"run": run, "step": step or 8, "guidance": {"scale": 1.0}, "sampler": {"num_steps": 4}, **more}
-        record = {"figures": {"fid": fid}, "settings": settings} | ({} if step is None else {"step": step})
-        with (tmp_path / "runs" / run / "evaluation.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        settings = {"run": run, "step": step, "extractors": {"fid": inception}, "num_samples": number}
+        settings |= {"guidance": {"scale": 1.0}, "sampler": {"num_steps": 4, **EULER}, **more}
+        note(tmp_path / "runs" / run, {"fid": fid}, **settings)
 
     return append
 
@@ -100,6 +101,7 @@ def test_evaluations_that_were_not_made_alike_stand_in_tables_of_their_own(tmp_p
     assert rows == [alike, [("two", "", "7.5")], [("two", "", "70.5")]]
     assert "fid by inception (1a1a1a1a, resized: to 299); 50000 samples; labels in_turn; bfloat16;" in tables[1][1]
     assert "reference: training images 2b2b2b2b" in tables[0][1] and "seed 0" in tables[0][1]
+    assert f"sampler {brief(EULER)}" in tables[0][1]  # as cards say it
     assert "Evaluations of one" in page and "Evaluations of two" not in page
 
 
@@ -124,6 +126,25 @@ def test_figures_of_training_stand_beside_those_judged_alike_alone(tmp_path, run
     curves = [(panel.told, [len(points) for points in panel.points]) for panel in panels if panel.figure == "fid"]
     assert [points for _, points in curves] == [[2, 2, 0, 0], [0, 0, 2, 0], [0, 0, 0, 2]]
     assert "100 samples" in curves[0][0] and "50 samples" in curves[1][0] and curves[2][0].startswith("old, ")
+
+
+def test_what_cannot_be_read_is_left_out_and_named(tmp_path, runs, judged, capsys):
+    runs("one", [10, 20], pictures=[10, 20])
+    folder = tmp_path / "runs" / "one"
+    judged("one", 7.5, 100)
+    with (folder / "evaluation.jsonl").open("a") as file:
+        file.write('{"figures": {"fid": 1}, "settings": {"metric": "fid"}}\n{"figures": {"fi')
+    whole = folder / "samples" / "step-00000020.png"
+    for path in (whole, folder / "evaluation.png"):
+        path.write_bytes((folder / "samples" / "step-00000010.png").read_bytes()[:40])
+    (folder / "samples" / "step-abc.png").touch()
+    page = drawn(tmp_path, "one").read_text()
+    assert page.count("data:image/png;base64,") == 1 + 1 and "step 10<" in page and "<td>7.5</td>" in page
+    said = capsys.readouterr().out
+    for name in ("step-00000020.png is left out", "evaluation.png is left out", "step-abc.png is left out"):
+        assert said.count(name) == 1
+    assert said.count("evaluation.jsonl: lines 2, 3: no evaluation") == 1
+    drawn(tmp_path, "one", f"out={tmp_path}/one.png")
 
 
 def test_panels_have_axes_units_and_a_legend(tmp_path, runs):

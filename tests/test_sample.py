@@ -339,5 +339,5 @@ def test_wrong_figures_leave_nothing(runs):
 
 
 def test_a_run_without_a_metric_asks_for_one(runs):
-    with pytest.raises(ConfigError, match="run=plain has no metric of its own: choose one"):
+    with pytest.raises(ConfigError, match="there is no metric for run=plain: choose one"):
         judged(runs, "run=plain")

@@ -17,7 +17,7 @@ from dit.command import sync, train
 from dit.command.compose import ConfigError, compose
 from dit.data.image import encode_png
 from dit.train import tracker
-from dit.train.sender import Backlog, Skips, farewell, judged, summary_of
+from dit.train.sender import Backlog, Skips, evaluation, farewell, summary_of
 from dit.train.tracker import WandB
 
 BLOCKED_SECONDS = 1.0  # at most, by anything but the end
@@ -121,6 +121,7 @@ def test_what_is_new_comes_in_order_and_once(folder):
     backlog = Backlog(folder, after=2)
     assert list(backlog.rows(over=False)) == []  # no file yet
     write(folder, [1, 2, 3, 4], pictures=[2, 3, 5])
+    (folder / "samples" / "step-abc.png").touch()  # nothing of ours
     [(step, row)] = backlog.rows(over=False)  # 4 may get a picture yet
     assert step == 3 and row["loss"] == 1 / 3 and row["preview"].name == "step-00000003.png"
     write(folder, [6])
@@ -227,10 +228,12 @@ def test_a_summary_of_a_shorter_run_is_not_sent(folder):
 
 
 def test_an_evaluation_is_sent_with_what_moves_it(folder):
-    assert judged(folder) == {}
+    assert evaluation(folder) == {}
     records = [{"figures": {"fid": fid}, "settings": {"num_samples": 9, "seed": fid}} for fid in (1, 2)]
+    records += [{"figures": [3], "settings": {}}, [4]]  # of no version
     (folder / "evaluation.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert judged(folder) == {"evaluation/fid": 2, "evaluation/settings": {"num_samples": 9, "seed": 2}}
+    (folder / "evaluation.png").touch()  # cut
+    assert evaluation(folder) == {"evaluation/fid": 2, "evaluation/settings": {"num_samples": 9, "seed": 2}}
 
 
 def test_what_is_written_is_sent(folder, fake):

@@ -93,9 +93,10 @@ def test_a_run_stopped_at_any_step_goes_on_bit_equal(undisturbed, tmp_path, digi
         stopped = metrics(folder)[-1]["step"]
         assert stopped <= line + 8  # the step is finished and saved, not the run
         assert checkpoint.newest(folder / "checkpoints").name == f"step-{stopped:08d}"
+    saved = bool(checkpoint.committed(folder / "checkpoints"))
     process = start(tmp_path, digits_dir)
     assert process.wait() == 0, process.stdout.read()
-    assert ("going on from step" in process.stdout.read()) == (line > 7)
+    assert ("going on from step" in process.stdout.read()) == saved
     assert losses(metrics(folder)) == losses(metrics(undisturbed))
     for name, tensors in weights(folder, 40).items():
         for key, value in weights(undisturbed, 40)[name].items():

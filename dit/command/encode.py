@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from dit.command.compose import ConfigError, check_choices, check_least, check_texts, user_errors
-from dit.command.existing import check_run, load, offer
+from dit.command.existing import check_run, load, offer, weights_asked
 from dit.data.index import MANIFEST
 from dit.data.parallel import each
 from dit.data.store import DataError
@@ -141,7 +141,7 @@ def _pairs(cfg: DictConfig, device: str) -> "Pairs":
         "pairs": {
             "run": cfg.run,
             "step": step,
-            "weights": cfg.weights,
+            "weights": weights_asked(cfg),
             "sha256": sha256(run.denoiser.network),
             "told": condition.sizes,
             "scale": run.scale,

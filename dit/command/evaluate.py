@@ -19,30 +19,19 @@ from dit.command.compose import (
     exit_code_of,
     user_errors,
 )
-from dit.command.existing import check_run, check_writable, load, offer
+from dit.command.existing import check_run, check_writable, load, offer, weights_asked
 from dit.command.plot import plot
 from dit.train import judged, saved
-from dit.train.sender import evaluations
+from dit.train.judged import evaluations
 
 if TYPE_CHECKING:
     from dit.train.judging import Judging
     from dit.train.loaded import Loaded
     from dit.train.world import World
 
-VERBATIM = ("reference", "samples", "out")
-DRAWN = (  # what moves samples
-    "step",
-    "weights",
-    "sha256",
-    "sampler",
-    "grid",
-    "guidance",
-    "seed",
-    "batch_size",
-    "labels",
-    "precision",
-    "device",
-)
+FILES = {"reference": ".npz", "samples": ".npz", "out": ".jsonl"}
+VERBATIM = tuple(FILES)
+DRAWN = (*judged.VARIED, "step", "sha256", "labels", "precision", "device")  # what moves samples
 
 
 def configuration(overrides: Sequence[str]) -> str:
@@ -65,12 +54,14 @@ def check(cfg: DictConfig) -> None:
     """
     check_least(cfg, {"processes": 1})
     check_choices(cfg, {"accelerator": ("auto", "cpu", "gpu")})
-    check_texts(cfg, [key for key in VERBATIM if cfg.get(key) is not None])
+    for key, suffix in FILES.items():
+        if cfg.get(key) is not None:
+            check_texts(cfg, [key])
+            if Path(cfg[key]).suffix != suffix:
+                raise ConfigError(f"{key}={cfg[key]}: the file is a {suffix}; give a name that ends so")
     if "run" not in cfg:
         check_least(cfg, {"num_images": 0})
         check_choices(cfg, {"split": ("train", "held_out"), "overwrite": (True, False)})
-        if Path(cfg.reference).suffix != ".npz":
-            raise ConfigError(f"reference={cfg.reference}: the file is a .npz; give a name that ends so")
         if Path(cfg.reference).exists() and not cfg.overwrite:
             raise ConfigError(f"reference={cfg.reference} exists: take another name, or overwrite=true")
         return
@@ -78,7 +69,7 @@ def check(cfg: DictConfig) -> None:
     check_choices(cfg, {"labels": ("in_turn", "random"), "precision": ("float32", "bfloat16")})
     check_choices(cfg, {"keep_samples": (True, False)})
     if not cfg.metric:
-        raise ConfigError(f"run={cfg.run} has no metric of its own: choose one, like metric=fid or metric=likelihood")
+        raise ConfigError(f"there is no metric for run={cfg.run}: choose one, like metric=fid or metric=likelihood")
     for key, least in {"scales": 0.0, "steps": 1}.items():
         values = _several(cfg[key])
         for value in values:
@@ -93,8 +84,8 @@ def check(cfg: DictConfig) -> None:
         if (folder := _folder(cfg, other).resolve()) in there:
             raise ConfigError(f"against={cfg.against}: run={other} is in the table already; name each run once")
         there.add(folder)
-    if cfg.samples is not None and Path(str(cfg.samples)).suffix != ".npz":
-        raise ConfigError(f"samples={cfg.samples}: the file is a .npz; give a name that ends so")
+    if cfg.samples is not None and Path(cfg.samples).exists():
+        raise ConfigError(f"samples={cfg.samples} exists: take another name, or delete it")
     if cfg.samples is not None and (_several(cfg.scales) or _several(cfg.steps) or _several(cfg.against)):
         raise ConfigError(f"samples={cfg.samples} takes those of one evaluation: leave scales, steps and against out")
 
@@ -149,7 +140,7 @@ def work(jobs: list[DictConfig]) -> int:
             check_alike([{"run": cfg.run, **judged.way(_asked(cfg), judging)} for cfg, judging in judges])
         records = [record for cfg, judging in judges for record in _records(cfg, judging, world)]
         if world.is_first:
-            _say(jobs[0], records)
+            _say(jobs, records)
         return 0
     finally:
         world.leave()
@@ -185,8 +176,8 @@ def _folder(cfg: DictConfig, name: Any) -> Path:
 
 def _varied(cfg: DictConfig) -> Iterator[DictConfig]:
     """An evaluation for each scale of guidance and number of steps."""
-    for scale in _several(cfg.scales) or [None]:
-        for num_steps in _several(cfg.steps) or [None]:
+    for scale in dict.fromkeys(_several(cfg.scales) or [None]):
+        for num_steps in dict.fromkeys(_several(cfg.steps) or [None]):
             job = cfg.copy()
             if scale is not None:
                 job.guidance.scale = scale
@@ -216,7 +207,7 @@ def _judging(cfg: DictConfig, world: "World", kind: str) -> "Judging":
             check_writable(_out(cfg))
             if cfg.samples is not None:
                 check_writable(Path(cfg.samples), "samples")
-        return Judging(
+        judging = Judging(
             cfg.metric,
             data,
             world=world,
@@ -226,6 +217,12 @@ def _judging(cfg: DictConfig, world: "World", kind: str) -> "Judging":
             rank=world.rank,
             size=world.size,
         )
+        for key in ("reference", "samples"):
+            if cfg[key] is not None and not judging.extractors:
+                raise ValueError(
+                    f"{key}={cfg[key]} is for metrics that look at samples, like fid: choose one of them, too"
+                )
+        return judging
 
 
 def _records(cfg: DictConfig, judging: "Judging", world: "World") -> Iterator[dict[str, Any]]:
@@ -251,15 +248,14 @@ def _record(cfg: DictConfig, run: "Loaded", judging: "Judging", world: "World") 
         )
         subject = run.parts.subject(run.denoiser, run.latent, seed=cfg.seed, batch_size=cfg.batch_size, within=narrow)
         judging.check(subject, [cfg.num_samples])
-        if cfg.samples is not None and not judging.extractors:
-            raise ValueError(f"samples={cfg.samples} are those that metrics like fid look at: choose one of them, too")
         digest = sha256(run.denoiser)
         settings = judged.settings(_asked(cfg), judging, step=run.step, sha256=digest, device=run.device.type)
         known = world.once(lambda: next((r for r in evaluations(out) if r["settings"] == settings), None))
         if known and cfg.samples is None:
             return known
         key = hashlib.sha256(_text({name: settings[name] for name in DRAWN})).hexdigest()[:16]
-        kept = Kept(out.parent / "evaluation" / key, world) if judging.extractors else None
+        shape = (settings["batch_size"], *judging.image_shape)
+        kept = Kept(out.parent / "evaluation" / key, world, shape) if judging.extractors else None
     world.say(f"dit: judging {cfg.num_samples:,} samples of run={cfg.run} at step {run.step}{_told(cfg)}")
     with user_errors():
         how: dict[str, Any] = {"seed": cfg.seed, "labels": cfg.labels, **({"drawn": kept} if kept else {})}
@@ -280,13 +276,13 @@ def _record(cfg: DictConfig, run: "Loaded", judging: "Judging", world: "World") 
 def _asked(cfg: DictConfig) -> dict[str, Any]:
     """What is asked for, resolved."""
     asked: Any = OmegaConf.to_container(cfg, resolve=True)
-    return {**asked, "run": str(cfg.run)}
+    return {**asked, "run": str(cfg.run), "weights": weights_asked(cfg)}
 
 
 def _told(cfg: DictConfig) -> str:
     """What is varied, in words."""
-    scale = f", guidance {cfg.guidance.scale:g}" if cfg.scales is not None else ""
-    return scale + (f", {cfg.sampler.num_steps} steps" if cfg.steps is not None else "")
+    scale = f", guidance {cfg.guidance.scale:g}" if _several(cfg.scales) else ""
+    return scale + (f", {cfg.sampler.num_steps} steps" if _several(cfg.steps) else "")
 
 
 def check_alike(several: Sequence[Mapping[str, Any]]) -> None:
@@ -308,9 +304,9 @@ def check_alike(several: Sequence[Mapping[str, Any]]) -> None:
                 )
 
 
-def _say(cfg: DictConfig, records: Sequence[Mapping[str, Any]]) -> None:
+def _say(jobs: Sequence[DictConfig], records: Sequence[Mapping[str, Any]]) -> None:
     """Print one evaluation, or several as a table, with a plot of what was varied."""
-    out = _out(cfg)
+    cfg, out = jobs[0], _out(jobs[0])
     if len(records) == 1:
         for name, value in records[0]["figures"].items():
             print(f"  {name:<28} {value:.4g}")
@@ -318,21 +314,21 @@ def _say(cfg: DictConfig, records: Sequence[Mapping[str, Any]]) -> None:
         columns = list(records[0]["figures"])
         print("| run | guidance | steps | " + " | ".join(columns) + " |")
         print("|---" * (3 + len(columns)) + "|")
-        for record in records:
+        for name, record in zip(judged.run_names(records), records, strict=True):
             settings = record["settings"]
             scale, num_steps = (
                 (settings["guidance"] or {}).get("scale", 1),
                 (settings["sampler"] or {}).get("num_steps", ""),
             )
-            cells = " | ".join(f"{record['figures'][name]:.4g}" for name in columns)
-            print(f"| {settings['run']} | {scale} | {num_steps} | {cells} |")
+            cells = " | ".join(f"{record['figures'][column]:.4g}" for column in columns)
+            print(f"| {name} | {scale} | {num_steps} | {cells} |")
         if len(_several(cfg.scales)) > 1 or len(_several(cfg.steps)) > 1:
             try:
                 plot(records, out.with_suffix(".png"))
                 print(f"  {'plot':<28} {out.with_suffix('.png')}")
             except ImportError:
                 print("dit: for a plot, too: pip install 'ditforge[plot]', and the same command again")
-    print(f"  {'written to':<28} {out}")
+    print(f"  {'written to':<28} {', '.join(str(_out(job)) for job in jobs)}")
 
 
 def _make_reference(cfg: DictConfig, world: "World", kind: str) -> None:

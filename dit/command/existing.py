@@ -49,7 +49,8 @@ def check_run(cfg: DictConfig, least: dict[str, float]) -> None:
         ConfigError: naming the value and the way out.
     """
     check_least(cfg, {"batch_size": 1, "seed": 0, "step": 0, "sampler.num_steps": 1, "guidance.scale": 0.0, **least})
-    check_choices(cfg, {"weights": weights_of(cfg), "accelerator": ("auto", "cpu", "gpu")})
+    there = weights_of(cfg)
+    check_choices(cfg, {"accelerator": ("auto", "cpu", "gpu"), **({} if cfg.weights is None else {"weights": there})})
 
 
 def weights_of(cfg: DictConfig) -> list[str]:
@@ -64,6 +65,11 @@ def weights_of(cfg: DictConfig) -> list[str]:
     if about:
         return [about["weights"]]
     return saved.averages(had)
+
+
+def weights_asked(cfg: DictConfig) -> str:
+    """The weights that a configuration names, or the first that there are."""
+    return str(cfg.weights or weights_of(cfg)[0])
 
 
 def check_picture(out: str) -> None:
@@ -111,4 +117,4 @@ def load(cfg: DictConfig) -> "Loaded":
     if cfg.accelerator == "gpu" and device.type == "cpu":
         raise ValueError("accelerator=gpu, but torch sees none: choose accelerator=cpu")
     chosen = {group: cfg[group] for group in AS_THE_RUN_HAD_IT if group in cfg} | {"runs_dir": cfg.runs_dir}
-    return loaded.load(folder, trained.newest(folder, cfg.step), chosen, cfg.weights, device)
+    return loaded.load(folder, trained.newest(folder, cfg.step), chosen, weights_asked(cfg), device)

@@ -34,6 +34,7 @@ TEXTS = {  # what is a name, and of what kind
     "licence": (r"(?=.*[A-Za-z])\w[\w.+-]*", "the name that hubs have for it, like licence=apache-2.0"),
     "push": (r"\w[\w.-]*/\w[\w.-]*", "a repository of the hub, like push=name/model"),
 }
+MOST_GB = 10**6
 TOLERATED = 0.05  # of the norm of a profile
 REFUSED = 0.5
 
@@ -63,6 +64,8 @@ def check(cfg: DictConfig) -> None:
     choices = {"weights": weights, "precision": ("float32", "bfloat16"), "format": FORMATS}
     check_choices(cfg, {**choices, "overwrite": (True, False)})
     check_least(cfg, {"step": 0, "batch_size": 1}, ["ema_std", "shard_gb"])
+    if (cfg.shard_gb or 0) > MOST_GB:
+        raise ConfigError(f"shard_gb={cfg.shard_gb} must be at most {MOST_GB}: leave it out for files of 5 gigabytes")
     for key, (pattern, way_out) in TEXTS.items():
         if cfg[key] is not None and not (isinstance(cfg[key], str) and re.fullmatch(pattern, cfg[key], re.ASCII)):
             raise ConfigError(f"{key}={cfg[key]}: give {way_out}")
@@ -109,8 +112,10 @@ def main(cfg: DictConfig) -> int:
         import torch
 
         from dit.train import lineage, trained
-        from dit.train.exporting import Exporting
+        from dit.train.exporting import Exporting, identities
 
+        adapted = None
+        exported = {} if cfg.published else saved.exported(folder)
         about: dict[str, Any] = {"dit": __version__, "format": cfg.format, "precision": cfg.precision}
         if cfg.published is not None:
             weights = _published(had)
@@ -119,7 +124,11 @@ def main(cfg: DictConfig) -> int:
         elif cfg.ema_std is None:
             source = trained.newest(folder, cfg.step)
             weights = trained.weights_of(source, cfg.weights)
-            about |= {"weights": cfg.weights, "step": trained.state_of(source).step}
+            about |= {name: exported[name] for name in ("ema_std", "published") if name in exported}
+            about |= {"step": trained.state_of(source).step}
+            about |= {} if "ema_std" in about else {"weights": cfg.weights}
+            if not exported and OmegaConf.select(had, "adapter._target_"):
+                adapted = _adapted(source, cfg.weights)
         else:
             made = trained.reconstructed(folder, cfg.ema_std, cfg.step)
             weights = made.weights
@@ -135,12 +144,13 @@ def main(cfg: DictConfig) -> int:
                 print(f"dit: WARNING: that is much; take {way_out}")
         about |= {"parameters": sum(t.numel() for t in weights.values())}
         record = None if cfg.published else _few_step(folder, had, about)
-        weights = _cast(weights, getattr(torch, cfg.precision))
+        written = _cast(weights, getattr(torch, cfg.precision))
+        about |= identities(weights, written, adapted, exported)
         most = export.MOST_BYTES if cfg.shard_gb is None else int(cfg.shard_gb * 1e9)
-        exporting = Exporting(folder, had, weights, about, record, licence=cfg.licence, most_bytes=most)
+        exporting = Exporting(folder, had, written, about, record, licence=cfg.licence, most_bytes=most)
         export.commit(path, partial(exporting.write, batch_size=cfg.batch_size), overwrite=cfg.overwrite)
         print(f"{about['parameters']:,} parameters of step {about['step']}, {cfg.precision}: {path}")
-        if cfg.published is None and not saved.exported(folder):
+        if cfg.published is None and not exported:
             lineage.note_made(folder, path)
         if cfg.push is not None:
             print(f"pushed to {push(path, cfg.push)}")
@@ -161,6 +171,14 @@ def _published(had: DictConfig) -> "dict[str, Tensor]":
     weights = beginning(had.init, had.noise, had.prediction, Parts(had).denoiser("meta").network)
     had.init = {}
     return weights
+
+
+def _adapted(source: Path, name: str) -> "dict[str, Tensor]":
+    """The weights of a checkpoint as they were trained, with their adapter beside."""
+    from dit.train import checkpoint
+
+    raw = checkpoint.load_weights(source, "model")
+    return raw if name == "model" else raw | checkpoint.load_weights(source, name)
 
 
 def _few_step(folder: Path, had: Any, about: dict[str, Any]) -> dict[str, Any] | None:

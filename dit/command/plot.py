@@ -5,6 +5,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from dit.train.judged import run_names
+
 CLOSE = 0.08  # of an axis: numbers this near to each other stand upright
 
 
@@ -21,7 +23,7 @@ def plot(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     by_scale = len({record["settings"]["guidance"].get("scale", 1) for record in records}) > 1
-    runs = sorted({record["settings"]["run"] for record in records})
+    runs = run_names(records)
     asked = sorted({record["settings"]["sampler"]["num_steps"] for record in records})
     crowded = any(b / a < (asked[-1] / asked[0]) ** CLOSE for a, b in pairwise(asked))
     names = list(records[0]["figures"])
@@ -31,11 +33,11 @@ def plot(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis, name in zip(axes.flat, names, strict=False):
         lines: dict[str, list[tuple[float, float]]] = {}
-        for record in records:
+        for run, record in zip(runs, records, strict=True):
             settings = record["settings"]
             scale, num_steps = settings["guidance"].get("scale", 1), settings["sampler"]["num_steps"]
             label = f"{num_steps} steps" if by_scale else f"guidance {scale:g}"
-            label = f"{settings['run']}, {label}" if len(runs) > 1 else label
+            label = f"{run}, {label}" if len(set(runs)) > 1 else label
             lines.setdefault(label, []).append((scale if by_scale else num_steps, record["figures"][name]))
         for label, points in lines.items():
             axis.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
@@ -50,6 +52,6 @@ def plot(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         axis.remove()
     axes.flat[0].legend(fontsize=8)
     first = records[0]["settings"]
-    told = f"{', '.join(runs)}: {first['num_samples']:,} samples, weights={first['weights']}"
+    told = f"{', '.join(dict.fromkeys(runs))}: {first['num_samples']:,} samples, weights={first['weights']}"
     figure.suptitle(told, fontsize=10)
     figure.savefig(path, dpi=120)

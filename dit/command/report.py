@@ -17,8 +17,8 @@ from dit.command.compose import ConfigError, check_choices, check_least, check_r
 from dit.command.existing import check_writable
 from dit.train import saved
 from dit.train.files import steps
-from dit.train.judged import alike
-from dit.train.sender import evaluations
+from dit.train.judged import alike, evaluations
+from dit.weights.card import brief
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,9 +67,9 @@ class Told(NamedTuple):
     lines: list[dict[str, Any]]  # of metrics.jsonl
     summary: dict[str, Any]
     config: dict[str, Any]  # by dotted keys
-    pictures: list[tuple[int, Path]]  # by step
-    evaluations: list[dict[str, Any]]  # while training, which name their step, and by `dit evaluate`
-    plot: Path  # of several of these
+    pictures: list[tuple[int, bytes]]  # by step
+    evaluations: list[dict[str, Any]]  # while training, and by `dit evaluate`
+    plot: bytes | None  # of several of these
 
 
 def check(cfg: DictConfig) -> None:
@@ -134,9 +134,11 @@ def _told(folder: Path, most: int) -> Told:
     if not by_step:
         raise ValueError(f"run={folder.name} has no lines in {folder / 'metrics.jsonl'} yet: train it first")
     config = OmegaConf.to_container(saved.config(folder))
-    paths = sorted(folder.glob("samples/step-*.png"))
+    there = [(_step(path), path) for path in folder.glob("samples/step-*.png")]
+    paths = sorted((step, path) for step, path in there if step is not None)
     chosen = {round((i + 1) * len(paths) / most) - 1 for i in range(most)} if len(paths) > most else range(len(paths))
-    pictures = [(int(paths[i].stem.removeprefix("step-")), paths[i]) for i in sorted(chosen)]
+    pictures = [(step, image) for step, path in (paths[i] for i in sorted(chosen)) if (image := _picture(path))]
+    plot = folder / "evaluation.png"
     lines = [line for _, line in sorted(by_step.items())]
     return Told(
         folder.name,
@@ -145,8 +147,28 @@ def _told(folder: Path, most: int) -> Told:
         dict(_flat(config)),
         pictures,
         evaluations(folder / "evaluation.jsonl"),
-        folder / "evaluation.png",
+        _picture(plot) if plot.exists() else None,
     )
+
+
+def _step(path: Path) -> int | None:
+    """Of which step a picture is; None, with a warning, if its name does not say."""
+    number = path.stem.removeprefix("step-")
+    if number.isdecimal():
+        return int(number)
+    print(f"dit: WARNING: {path} is left out: its name does not say of which step it is", flush=True)
+    return None
+
+
+def _picture(path: Path) -> bytes | None:
+    """What is in the file of a picture; None, with a warning, if it cannot be read."""
+    try:
+        data = path.read_bytes()
+        _pixels(data)
+        return data
+    except Exception as error:  # PIL raises many kinds
+        print(f"dit: WARNING: {path} is left out: {' '.join(str(error).split())[:100]}", flush=True)
+        return None
 
 
 def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -190,7 +212,7 @@ def _drawn(runs: Sequence[Told], x: str, pictures: bool) -> "Figure":
         for axis, picture in itertools.zip_longest(part.subplots(1, columns, squeeze=False)[0], run.pictures):
             axis.axis("off")
             if picture is not None:
-                axis.imshow(_pixels(picture[1]), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+                axis.imshow(_pixels(picture[1]), interpolation="nearest")
                 axis.set_title(f"step {picture[0]:,}", fontsize=9)
     return figure
 
@@ -201,13 +223,12 @@ def _panels(runs: Sequence[Told], x: str) -> list[Panel]:
     found: dict[tuple[str, str], Panel] = {}
     for name in [name for name in FIRST if name in there] + sorted(there - {*FIRST, "step", "images"}):
         for number, run in enumerate(runs):
-            noted = {(one["step"], one["figures"].get(name)): one for one in run.evaluations if "step" in one}
             for line in run.lines:
                 if x not in line or not _is_number(line.get(name)):
                     continue
                 key, told = "", ""
                 if name not in FIRST:
-                    record = noted.get((line["step"], line[name]))
+                    record = _record(run, line, name)
                     key, told = _way(record["settings"]) if record else (run.name, f"{run.name}, {UNKNOWN}")
                 panel = found.setdefault((name, key), Panel(name, told, [[] for _ in runs]))
                 panel.points[number].append((line[x], line[name]))
@@ -241,19 +262,19 @@ def _curve(axes: Any, runs: Sequence[Told], panel: Panel, x: str) -> None:
     axes.grid(alpha=0.3)
 
 
-def _pixels(path: Path) -> Any:
-    """A picture as an array."""
+def _pixels(data: bytes) -> Any:
+    """A picture as an array (H, W, 3)."""
     import numpy as np
     from PIL import Image
 
-    with Image.open(path) as image:
-        return np.asarray(image)
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image.convert("RGB"))
 
 
-def _height(pictures: Iterable[tuple[int, Path]], width: float) -> float:
+def _height(pictures: Iterable[tuple[int, bytes]], width: float) -> float:
     """How high the highest of some pictures is, each of a width."""
-    sizes = (_pixels(path).shape for _, path in pictures)
-    return max(width * height / across for height, across, *_ in sizes)
+    sizes = (_pixels(data).shape for _, data in pictures)
+    return max(width * height / across for height, across, _ in sizes)
 
 
 def _page(runs: Sequence[Told], x: str) -> str:
@@ -267,7 +288,8 @@ def _page(runs: Sequence[Told], x: str) -> str:
     parts += _table("Final figures", list(figures.items()), names)
     parts += _evaluated(runs)
     for run in runs:
-        rows = [(key, [value]) for key, value in run.summary.items() if key not in FINAL and not _is_noted(run, key)]
+        known = {*FINAL, *(key for key in run.summary if _record(run, run.summary, key))}
+        rows = [(key, [value]) for key, value in run.summary.items() if key not in known]
         parts += _table(f"Final figures of {run.name}, {UNKNOWN}", rows, [run.name])
     keys = dict.fromkeys(key for run in runs for key in run.config)
     settings = {key: [run.config.get(key) for run in runs] for key in keys}
@@ -279,8 +301,8 @@ def _page(runs: Sequence[Told], x: str) -> str:
     for run in runs:
         if run.pictures:
             parts.append(f"<h2>Samples of {html.escape(run.name)}</h2><div class=samples>")
-            for step, path in run.pictures:
-                image = _image(path.read_bytes(), f"samples at step {step}")
+            for step, data in run.pictures:
+                image = _image(data, f"samples at step {step}")
                 parts.append(f"<figure>{image}<figcaption>step {step:,}</figcaption></figure>")
             parts.append("</div>")
     head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
@@ -291,22 +313,30 @@ def _image(data: bytes, alt: str) -> str:
     return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
 
 
-def _is_noted(run: Told, figure: str) -> bool:
-    """Whether a record says how a final figure was judged."""
-    found = (run.summary.get("step"), run.summary[figure])
-    return any((record.get("step"), record["figures"].get(figure)) == found for record in run.evaluations)
+def _gave(record: Mapping[str, Any], line: Mapping[str, Any]) -> bool:
+    """Whether an evaluation, whoever made it, is that of a line of training, or of the summary."""
+    return record["settings"]["step"] == line.get("step") and record["figures"].items() <= line.items()
+
+
+def _record(run: Told, line: Mapping[str, Any], figure: str) -> dict[str, Any] | None:
+    """The evaluation that says how a figure of a line, or of the summary, was judged; None if none does."""
+    return next((record for record in run.evaluations if figure in record["figures"] and _gave(record, line)), None)
 
 
 def _evaluated(runs: Sequence[Told]) -> Iterator[str]:
     """Evaluations, a table for each way of judging, as others cannot be compared; and the plots of several.
 
-    Of those that a run made while training, and judged alike, the last.
+    Of those that curves have, of a run and judged alike, the last.
     """
-    ways: dict[str, dict[Any, dict[str, Any]]] = {}
-    for number, record in enumerate(record for run in runs for record in run.evaluations):
-        rows = ways.setdefault(_way(record["settings"])[0], {})
-        rows[record["settings"].get("run") if "step" in record else number] = record
-    for records in (list(rows.values()) for rows in ways.values()):
+    ways: dict[str, dict[Any, tuple[str, dict[str, Any]]]] = {}
+    for run in runs:
+        lines = {line["step"]: line for line in run.lines}
+        for record in run.evaluations:
+            rows = ways.setdefault(_way(record["settings"])[0], {})
+            there = (lines.get(record["settings"]["step"], {}), run.summary)
+            rows[run.name if any(_gave(record, line) for line in there) else len(rows)] = run.name, record
+    for named in (list(rows.values()) for rows in ways.values()):
+        records = [record for _, record in named]
         first, names = records[0]["settings"], list(records[0]["figures"])
         drawn = [_drawn_by(record["settings"]) for record in records]
         varied = [key for key, value in drawn[0].items() if any(one[key] != value for one in drawn)]
@@ -314,52 +344,42 @@ def _evaluated(runs: Sequence[Told]) -> Iterator[str]:
             f"{key} {_said(value)}" for key, value in drawn[0].items() if key not in varied and value not in (None, "")
         ]
         rows_said = [
-            (str(record["settings"].get("run")), [*map(one.get, varied), *map(record["figures"].get, names)])
-            for record, one in zip(records, drawn, strict=True)
+            (name, [*map(one.get, varied), *map(record["figures"].get, names)])
+            for (name, record), one in zip(named, drawn, strict=True)
         ]
-        by = ", ".join(dict.fromkeys(told["name"] for told in (first.get("extractors") or {}).values()))
-        heading = f"Evaluated by {by or 'their metrics'}, {first.get('num_samples')} samples each"
+        by = ", ".join(dict.fromkeys(told["name"] for told in first["extractors"].values()))
+        heading = f"Evaluated by {by or 'their metrics'}, {first['num_samples']} samples each"
         yield from _table(heading, rows_said, [*varied, *names], "; ".join([_way(first)[1], *common]))
     for run in runs:
-        if run.plot.exists():
-            yield f"<h2>Evaluations of {html.escape(run.name)}</h2>{_image(run.plot.read_bytes(), 'evaluations')}"
+        if run.plot:
+            yield f"<h2>Evaluations of {html.escape(run.name)}</h2>{_image(run.plot, 'evaluations')}"
 
 
 def _way(settings: Mapping[str, Any]) -> tuple[str, str]:
     """How an evaluation was judged: a key, the same of all that may be compared, and in words."""
     way = alike(settings)
     by: dict[str, list[str]] = {}
-    for name, node in (way["metric"] or {}).items():
-        about = (way["extractors"] or {}).get(name)
+    for name, node in way["metric"].items():
+        about = way["extractors"].get(name)
         look = f" by {about['name']} ({about['sha256'][:8]}, resized: {about['resize']})" if about else ""
-        by.setdefault(look, []).append(_named(node.get("figure", node), name))
+        options = brief({key: value for key, value in node.get("figure", node).items() if key != "_target_"})
+        by.setdefault(look, []).append(f"{name} ({options})" if options else name)
     told = [", ".join(names) + look for look, names in by.items()]
     told += [f"{way['num_samples']} samples", f"labels {way['labels']}", f"{way['precision']}"]
-    reference = [f"{name.replace('_', ' ')} {_brief(value)}" for name, value in (way["reference"] or {}).items()]
+    reference = [f"{name.replace('_', ' ')} {_hashes(value)}" for name, value in way["reference"].items()]
     return json.dumps(way, sort_keys=True), "; ".join([*told, f"reference: {', '.join(reference)}"])
 
 
 def _drawn_by(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What may differ in a table, by its column."""
-    sampler, guidance = dict(settings.get("sampler") or {}), dict(settings.get("guidance") or {})
-    told = {"step": settings.get("step"), "weights": settings.get("weights"), "guidance": guidance.pop("scale", None)}
-    told |= {"sampler's steps": sampler.pop("num_steps", None), "sampler": _named(sampler)}
-    told |= {"grid": _named(settings.get("grid") or {}), "guided by": _named(guidance)}
-    return told | {key.replace("_", " "): settings.get(key) for key in ("seed", "batch_size", "device")}
+    sampler, guidance = dict(settings["sampler"] or {}), dict(settings["guidance"] or {})
+    told = {"step": settings["step"], "weights": settings["weights"], "guidance": guidance.pop("scale", None)}
+    told |= {"sampler's steps": sampler.pop("num_steps", None), "sampler": brief(sampler)}
+    told |= {"grid": brief(settings["grid"]), "guided by": brief(guidance)}
+    return told | {key.replace("_", " "): settings[key] for key in ("seed", "batch_size", "device")}
 
 
-def _named(node: Mapping[str, Any], name: str | None = None) -> str:
-    """A node of a configuration in words: its name, and its options."""
-    parts = str(node.get("_target_", "")).removesuffix(".sample").split(".")
-    options = [
-        f"{key} {_named(value) if isinstance(value, dict) else _said(value)}"
-        for key, value in node.items()
-        if key not in ("_target_", "_partial_", "runs_dir") and value is not None
-    ]
-    return (name or parts[-1]) + (f" ({', '.join(options)})" if options else "")
-
-
-def _brief(value: Any) -> str:
+def _hashes(value: Any) -> str:
     """A number, or the beginnings of hashes."""
     return "+".join(part[:8] for part in str(value).split("+"))
 

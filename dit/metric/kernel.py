@@ -48,7 +48,7 @@ def check_subsets(num_images: int, subset_size: int = 1000, **others: Any) -> No
     if not 2 <= subset_size <= num_images:
         raise ValueError(
             f"metric.kid.figure.subset_size={subset_size}, but there are {num_images} images: take at least 2, at most "
-            "as many, or more images"
+            "as many, or more images (num_samples; while training evaluation.num_images and evaluation.few_images)"
         )
 
 

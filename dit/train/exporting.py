@@ -1,6 +1,7 @@
 """What `dit export` writes of a run."""
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,15 +11,18 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from dit.data.picture import opened
 from dit.noise.flow import Flow
 from dit.train import checkpoint, saved
 from dit.train.build import PIXELS, Parts, build
-from dit.train.sender import evaluations
+from dit.train.judged import evaluations, is_evaluation
 from dit.weights import export, program, stock
-from dit.weights.card import USE, brief, card
+from dit.weights.card import USE, brief, card, sampler_name
+from dit.weights.identity import sha256
 from dit.weights.scheduler import NotStockError
 from dit.weights.scheduler import stock as stock_scheduler
 
+PREVIEW = re.compile(r"step-([0-9]+)\.png")
 COMMON = (1, 2, 4, 8)  # steps of a student that takes any number
 ASKED = {
     "label": "label=[0, 1, 2]",
@@ -36,7 +40,7 @@ class Exporting:
         folder: of the run.
         had: its configuration.
         weights: by the network's names, on the CPU, as they are to be written.
-        about: what config.json is to say, with format, precision, step and parameters.
+        about: what config.json is to say, with format, precision, step and parameters, and `identities`.
         few_step: how a student is drawn; None: it is none.
         licence: of the weights; None: not stated.
         most_bytes: of a file of weights.
@@ -90,11 +94,8 @@ class Exporting:
         tables: dict[str, list[dict[str, Any]]] = {}
         for record in measured:
             judges = ", ".join(record["settings"].get("metric") or {})
-            tables.setdefault(f"Evaluations by {judges}", []).append(_row(record))
-        facts = self._facts()
-        if measured and self.about["precision"] == "bfloat16":
-            facts["evaluated"] = "before its weights were rounded"
-        text = card(self.about, facts, tables, use=use, licence=self.licence, grid=picture is not None)
+            tables.setdefault(f"Evaluations by {judges}", []).append(self._row(record))
+        text = card(self.about, self._facts(), tables, use=use, licence=self.licence, grid=picture is not None)
         (to / export.CARD).write_text(text)
 
     def _pipeline(self, to: Path) -> str:
@@ -167,10 +168,16 @@ class Exporting:
         return [ASKED[ask] for ask in condition.asks]
 
     def _picture(self) -> Path | None:
-        """The newest samples of the run, not newer than the weights, or those of an export."""
-        drawn = [p for p in sorted(self.folder.glob("samples/step-*.png")) if _step(p) <= self.about["step"]]
-        there = [*drawn[-1:], self.folder / export.GRID]
-        return next((path for path in there if path.exists()), None)
+        """Samples of these weights: the newest of the run that are not newer, or those of an export."""
+        if saved.exported(self.folder):
+            drawn = [self.folder / export.GRID]
+        elif self.about.get("weights") == saved.averages(self.had)[0]:  # with which previews are drawn
+            named = {path: PREVIEW.fullmatch(path.name) for path in self.folder.glob("samples/step-*.png")}
+            steps = {path: int(match[1]) for path, match in named.items() if match}
+            drawn = sorted((p for p in steps if steps[p] <= self.about["step"]), key=steps.__getitem__, reverse=True)
+        else:
+            drawn = []
+        return next((path for path in drawn if _is_picture(path)), None)
 
     def _data(self, about: Mapping[str, Any]) -> dict[str, Any] | None:
         """What it has learned from: where that was, and the fingerprint of its shards."""
@@ -186,7 +193,7 @@ class Exporting:
         teacher = (cfg["objective"].get("teacher") or {}) if isinstance(cfg["objective"], dict) else {}
         facts = {
             "run": cfg["run"],
-            "weights": self.about.get("weights") or f"an average of std {self.about['ema_std']:g}",
+            "weights": self._weights() + (", rounded to bfloat16" if self.about.get("rounded_from") else ""),
             "published as": self.about.get("published"),
             "trained for": f"{self.about['step']:,} steps of {cfg['trainer']['batch_size']} images",
             "data": _data_said(data),
@@ -204,12 +211,10 @@ class Exporting:
         if not cfg["sampler"]:
             return facts
         steps, scale = cfg["sampler"]["num_steps"], cfg["guidance"].get("scale", 1.0)
-        sampler = _short(cfg["sampler"], -2)
-        asked = (2 * steps - 1 if sampler == "heun" else steps) * (
-            1 if scale == 1 or _short(cfg["guidance"]) == "Told" else 2
-        )
+        twice = _short(cfg["sampler"], -2) == "heun"
+        asked = (2 * steps - 1 if twice else steps) * (1 if scale == 1 or _short(cfg["guidance"]) == "Told" else 2)
         facts |= {
-            "sampler": f"{sampler}, {steps} steps, grid {_short(cfg['grid'])}",
+            "sampler": f"{sampler_name(cfg['sampler'])}, {steps} steps, grid {_short(cfg['grid'])}",
             "function evaluations": asked,
             "guidance": f"{_short(cfg['guidance'])} of scale {scale:g}",
         }
@@ -219,32 +224,70 @@ class Exporting:
             facts["guidance that it has for good"] = str(self.few_step["guidance"])
         return facts
 
+    def _weights(self) -> str:
+        """What these weights are, in words."""
+        return self.about.get("weights") or f"an average of std {self.about['ema_std']:g}"
+
     def _measured(self) -> list[dict[str, Any]]:
-        """What was measured of these weights, while training and by `dit evaluate`, with all it depends on."""
-        whose = {"step": self.about["step"], "weights": self.about.get("weights")}
-        found = saved.exported(self.folder).get("evaluations", [])  # of what is exported again
-        found = [*found, *evaluations(self.folder / "evaluation.jsonl")]
-        return [record for record in found if whose.items() <= record["settings"].items()]
+        """What was measured of these weights, and before they were rounded, with all it depends on."""
+        known = [*self.about.get("sha256", []), *self.about.get("rounded_from", [])]
+        whose = {"step": self.about["step"], "weights": self.about.get("weights"), "sha256": None}  # see `judged`
+        found = [*saved.exported(self.folder).get("evaluations", [])]  # of what is exported again
+        found = [*filter(is_evaluation, found), *evaluations(self.folder / "evaluation.jsonl")]
+        return [
+            record
+            for record in found
+            if record["settings"].get("sha256") in known
+            or whose.items() <= {"sha256": None, **record["settings"]}.items()
+        ]
+
+    def _row(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """An evaluation as a row of the card."""
+        had = record["settings"]
+        sampler = dict(had.get("sampler") or {})
+        steps = sampler.pop("num_steps", None)
+        extractors = [f"{one['name']} ({one['sha256'][:8]})" for one in (had.get("extractors") or {}).values()]
+        rounded = self.about.get("rounded_from") and had.get("sha256") not in self.about["sha256"]
+        return {
+            "weights": self._weights() + (", before rounding" if rounded else ""),
+            "step": had.get("step"),
+            "sampler": brief(sampler),
+            "steps": steps,
+            "grid": brief(had.get("grid")),
+            "guidance": brief(had.get("guidance")),
+            "samples": had.get("num_samples"),
+            "extractor": ", ".join(dict.fromkeys(extractors)),
+            "reference": brief(had.get("reference")),
+            **{name: had.get(name) for name in ("labels", "seed", "precision")},
+            **record["figures"],
+        }
 
 
-def _row(record: Mapping[str, Any]) -> dict[str, Any]:
-    """An evaluation as a row of the card."""
-    had = record["settings"]
-    sampler = dict(had.get("sampler") or {})
-    steps = sampler.pop("num_steps", None)
-    extractors = [f"{one['name']} ({one['sha256'][:8]})" for one in (had.get("extractors") or {}).values()]
-    return {
-        **{name: had.get(name) for name in ("weights", "step")},
-        "sampler": brief(sampler),
-        "steps": steps,
-        "grid": brief(had.get("grid")),
-        "guidance": brief(had.get("guidance")),
-        "samples": had.get("num_samples"),
-        "extractor": ", ".join(dict.fromkeys(extractors)),
-        "reference": brief(had.get("reference")),
-        **{name: had.get(name) for name in ("labels", "seed", "precision")},
-        **record["figures"],
-    }
+def identities(
+    weights: Mapping[str, Tensor],
+    written: Mapping[str, Tensor],
+    adapted: Mapping[str, Tensor] | None,
+    exported: Mapping[str, Any],
+) -> dict[str, list[str]]:
+    """What evaluations call the weights of an export: their `sha256`, and those that they were `rounded_from`.
+
+    Args:
+        weights: of a run, or of what is exported again.
+        written: the same, in the precision of the export.
+        adapted: with an adapter that is not merged, as training judges them; None: there is none.
+        exported: what that says of itself which is exported again.
+    """
+    had = [_sha256(each) for each in (weights, adapted) if each is not None] + exported.get("sha256", [])
+    before = exported.get("rounded_from", [])
+    now = _sha256(written)
+    if now == had[0]:
+        return {"sha256": list(dict.fromkeys(had)), "rounded_from": before}
+    return {"sha256": [now], "rounded_from": list(dict.fromkeys([*had, *before]))}
+
+
+def _sha256(weights: Mapping[str, Tensor]) -> str:
+    """That of the denoiser which has them; it computes in float32."""
+    return sha256({f"network.{name}": t.float() if t.is_floating_point() else t for name, t in weights.items()})
 
 
 def _example(network: nn.Module, sizes: Mapping[str, int], x: Tensor) -> dict[str, Tensor]:
@@ -260,8 +303,14 @@ def _example(network: nn.Module, sizes: Mapping[str, int], x: Tensor) -> dict[st
     return told
 
 
-def _step(path: Path) -> int:
-    return int(path.stem.removeprefix("step-"))
+def _is_picture(path: Path) -> bool:
+    """Whether it can be read."""
+    try:
+        with opened(path.read_bytes()) as image:
+            image.load()
+        return True
+    except Exception:  # Pillow raises many kinds
+        return False
 
 
 def _short(node: Mapping[str, Any], part: int = -1) -> str:

@@ -36,10 +36,10 @@ class Outlet:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
-def replace(path: Path, text: str) -> None:
+def replace(path: Path, text: str | bytes) -> None:
     """Write a file that is there whole, or as it was."""
     partial = path.with_suffix(".tmp")
-    partial.write_text(text)
+    partial.write_bytes(text.encode() if isinstance(text, str) else text)
     partial.replace(path)
 
 

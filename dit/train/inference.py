@@ -1,15 +1,16 @@
 """What `dit.load` gives."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dit.sampler.pipeline import Pipeline
+from dit.sampler.pipeline import Pipeline, to_uint8
 from dit.train import saved, trained
 from dit.train.kind import check_denoiser
 from dit.train.loaded import load, parts_at
@@ -52,31 +53,50 @@ class Model:
         self._loaded.latent.to(device)
         return self
 
+    @torch.no_grad()
     def sample(self, num_images: int | None = None, **options: Any) -> Tensor:
         """Draw pictures, uint8 (N, C, H, W), on the CPU.
 
         Args:
             num_images: N; None: as many as there are values in what is asked for, or one.
-            **options: what is asked for, like label=[0, 1, 2] or caption=["a seven"], a value for each image or one for
-                all, and:
+            **options: what is asked for, like label=[0, 1, 2] or caption=["a seven"], a value for each image, in any
+                sequence or array, or one for all, and:
                 seed: of the noise, which is that of the picture's number and the seed, 0.
                 num_steps: of the sampler; None: as it was configured.
                 guidance: the scale; None: the same.
                 batch_size: at a time, 256.
                 noise_level: of what is enlarged; None: of one without noise.
-                noise: standard normal, (N, C, H, W), to begin with; None: that of the seed.
+                noise: standard normal, (N, C, H, W), of any floating point, to begin with; None: that of the seed.
 
         Raises:
             ValueError: if it cannot be drawn so.
         """
-        pipeline, number, told = self._asked(num_images, **options)
-        return pipeline(told.pop("asked"), number, **told)
+        decode = self._loaded.latent.decode
+        return torch.cat([to_uint8(self._finite(decode(z), options)).cpu() for z in self._drawn(num_images, options)])
 
     def latents(self, num_images: int | None = None, **options: Any) -> Tensor:
         """What the pictures are decoded from, (N, c, h, w); as `sample`."""
+        return torch.cat([self._finite(z, options) for z in self._drawn(num_images, options)])
+
+    def _drawn(self, num_images: int | None, options: dict[str, Any]) -> Iterator[Tensor]:
+        """Latents, a batch at a time."""
         pipeline, number, told = self._asked(num_images, **options)
         drawn: Iterator[Tensor] = pipeline.latents(told.pop("asked"), number, **told)
-        return torch.cat(list(drawn))
+        return drawn
+
+    def _finite(self, x: Tensor, options: dict[str, Any]) -> Tensor:
+        """What was drawn.
+
+        Raises:
+            ValueError: if it is no picture.
+        """
+        if x.isfinite().all():
+            return x
+        had = {"num_steps": self.config.sampler.num_steps, "guidance": (self.config.guidance or {}).get("scale", 1.0)}
+        how = ", ".join(
+            f"{name}={value if (told := options.get(name)) is None else told}" for name, value in had.items()
+        )
+        raise ValueError(f"what is drawn with {how} is not finite: give a smaller guidance=, or another num_steps=")
 
     def _asked(
         self,
@@ -95,6 +115,7 @@ class Model:
         given = {name: value for name, value in chosen.items() if value is not None}
         for name, value in {**given, "seed": seed, "batch_size": batch_size}.items():
             _check_number(name, value)
+        asked = {name: _plain(name, value) for name, value in asked.items()}
         loaded, parts = self._loaded, self._loaded.parts
         if num_steps is not None or guidance is not None:
             parts = self._otherwise(num_steps, guidance)
@@ -114,7 +135,7 @@ class Model:
         number = lengths.pop() if lengths else 1
         fields = {name: _for_each(name, value, number) for name, value in asked.items()} | level
         if noise is not None:
-            noise = _checked_noise(noise, (number, *loaded.latent.shape)).to(next(loaded.denoiser.parameters()).device)
+            noise = _checked_noise(noise, (number, *loaded.latent.shape), next(loaded.denoiser.parameters()))
         options = {"asked": fields, "seed": seed, "batch_size": batch_size, "noise": noise}
         return parts.pipeline(loaded.denoiser, loaded.latent), number, options
 
@@ -140,16 +161,29 @@ def _check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r}: give {said} of at least {least}, like {name}={usual}")
 
 
-def _checked_noise(noise: Any, shape: tuple[int, ...]) -> Tensor:
-    """The noise, if it is such as pictures begin with.
+def _checked_noise(noise: Any, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """The noise, if it is such as pictures begin with, where and of the type that the network's weights are.
 
     Raises:
-        ValueError: if it has another shape.
+        ValueError: if it has another shape, or is not finite.
     """
     if not isinstance(noise, Tensor) or not noise.is_floating_point() or tuple(noise.shape) != shape:
         had = f"{noise.dtype} {tuple(noise.shape)}" if isinstance(noise, Tensor) else repr(noise)
         raise ValueError(f"noise={had}: give torch.randn{shape}, (N, C, H, W), or leave it out for that of the seed")
+    noise = noise.to(like)
+    if not noise.isfinite().all():
+        raise ValueError(f"noise= is not finite everywhere: give torch.randn{shape}, or leave it out")
     return noise
+
+
+def _plain(name: str, value: Any) -> Any:
+    """An array of pictures as a tensor, any other array or sequence as a list; what is neither as it is."""
+    if isinstance(value, Tensor | str | bytes):
+        return value
+    if hasattr(value, "__array__"):
+        array = np.asarray(value)
+        return torch.tensor(array) if name in PICTURES and array.dtype != object else array.tolist()
+    return list(value) if isinstance(value, Sequence) else value
 
 
 def _several(name: str, value: Any) -> bool:

@@ -1,12 +1,14 @@
 """Evaluations as runs keep them: figures, all that moves them, and which of them may stand side by side."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit.train.files import append, replace
-from dit.train.sender import evaluations
 
 if TYPE_CHECKING:  # who reads them does so without torch
     from dit.train.judging import Judging
@@ -14,6 +16,14 @@ if TYPE_CHECKING:  # who reads them does so without torch
 # Figures stand in one table, and in one panel, only where all of these agree.
 ALIKE = ("metric", "extractors", "reference", "image_size", "num_samples", "labels", "precision")
 VARIED = ("run", "weights", "sampler", "grid", "guidance", "seed", "batch_size")
+KINDS: dict[str, Any] = {  # of all that `settings` gives
+    **dict.fromkeys(("run", "labels", "precision", "device"), str),
+    **dict.fromkeys(("weights", "sha256"), str | None),
+    **dict.fromkeys(("seed", "batch_size", "step", "num_samples", "image_size"), int),
+    **dict.fromkeys(("metric", "extractors", "reference"), dict),
+    **dict.fromkeys(("sampler", "grid", "guidance"), dict | None),
+}
+TRAINING = {"by": "train"}  # what a line of training has besides, which is rewound with the run
 
 
 def alike(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,29 +50,117 @@ def settings(
             it: run, step and weights then say which they are.
         device: where samples are drawn, `cpu` or `cuda`.
     """
-    varied = {name: asked[name] for name in VARIED}
+    varied = {name: asked[name] for name in VARIED} | {"run": str(asked["run"])}
+    varied["batch_size"] = min(asked["batch_size"], asked["num_samples"])
     return {**varied, **way(asked, judging), "step": step, "sha256": sha256, "device": device}
 
 
-def note(path: Path, step: int, figures: Mapping[str, float], settings: Mapping[str, Any]) -> None:
-    """Append what training has judged, unless it stands there; the line names its step, as none of `dit evaluate` does.
+def evaluations(path: Path) -> list[dict[str, Any]]:
+    """Those in a file, by training and by `dit evaluate`; a warning names the lines that are none."""
+    records = [record for _, record in _lines(path)]
+    if wrong := [str(number) for number, record in enumerate(records, 1) if record is None]:
+        which = f"line{'s' if len(wrong) > 1 else ''} {', '.join(wrong[:5])}{', ...' if len(wrong) > 5 else ''}"
+        _warn(f"{path}: {which}: no evaluation that this version can read, and left out")
+    return [record for record in records if record]
+
+
+def is_evaluation(record: Any) -> bool:
+    """Whether what was read has figures by name, and all settings, each of its kind."""
+    if not (isinstance(record, dict) and all(isinstance(record.get(key), dict) for key in ("figures", "settings"))):
+        return False
+    figures, settings = record["figures"], record["settings"]
+    return (
+        bool(figures)
+        and all(_is(value, int | float) for value in figures.values())
+        and all(name in settings and _is(settings[name], kind) for name, kind in KINDS.items())
+        and all(_is_node(settings[name] or {}) for name in ("sampler", "grid", "guidance"))
+        and all(_is_node(node) and _is_node(node.get("figure", node)) for node in settings["metric"].values())
+        and all(
+            _is(about, dict) and all(_is(about.get(key), str) for key in ("name", "sha256", "resize"))
+            for about in settings["extractors"].values()
+        )
+    )
+
+
+def note(path: Path, figures: dict[str, float], settings: Mapping[str, Any]) -> dict[str, float]:
+    """Append what training has judged, unless an equal evaluation stands there.
 
     Args:
         path: the evaluation.jsonl of the run.
-        step: of the run.
         figures: by name.
         settings: all that moves them.
+
+    Returns:
+        The figures that stand there.
     """
-    if not any(record["settings"] == settings for record in evaluations(path)):
-        append(path, {"step": step, "figures": figures, "settings": settings})
+    for _, record in _lines(path):
+        if record and record["settings"] == settings:
+            return dict(record["figures"])
+    append(path, {**TRAINING, "figures": figures, "settings": settings})
+    return figures
 
 
 def rewind(path: Path, step: int) -> None:
     """Drop what training has judged after a step, and will judge again.
 
-    Lines of `dit evaluate` stay, as they are of checkpoints that were there.
+    All else stays: lines of `dit evaluate`, as they are of checkpoints that were there, and what cannot be read.
     """
-    records = evaluations(path)
-    kept = [record for record in records if record.get("step", 0) <= step]
-    if len(kept) < len(records):
-        replace(path, "".join(json.dumps(record) + "\n" for record in kept))
+    lines = list(_lines(path))
+    kept = [
+        text
+        for text, record in lines
+        if not (record and record.items() >= TRAINING.items() and record["settings"]["step"] > step)
+    ]
+    if len(kept) < len(lines):
+        replace(path, b"".join(kept))
+
+
+def run_names(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The runs of evaluations, as tables and plots call them: one of a name that is taken, like an export, `a (2)`."""
+    sources: dict[str, list[Mapping[str, Any]]] = {}
+    told = []
+    for settings in (record["settings"] for record in records):
+        for number in count(1):
+            name = settings["run"] if number == 1 else f"{settings['run']} ({number})"
+            source = sources.setdefault(name, [])
+            if not source or (settings not in source and _unvaried(settings) == _unvaried(source[0])):
+                break
+        source.append(settings)
+        told.append(name)
+    return told
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """The lines of a file, none if there is none: as it stands, and what it says; None if that is no evaluation."""
+    for text in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        record = None
+        with suppress(ValueError, RecursionError):  # half a line, or nothing of ours
+            record = json.loads(text)
+        yield text, record if is_evaluation(record) else None
+
+
+def _is(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _is_node(node: Any) -> bool:
+    """Whether it is one of a configuration, which cards and reports can say in words."""
+    return (
+        isinstance(node, dict)
+        and "." in str(node.get("_target_", "."))
+        and _is(node.get("eta", 0), int | float)
+        and all(_is_node(child) for child in node.values() if isinstance(child, dict))
+    )
+
+
+@cache
+def _warn(text: str) -> None:
+    """Say it, but once, however often it is read."""
+    print(f"dit: WARNING: {text}", flush=True)
+
+
+def _unvaried(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What all evaluations of one run in a table have in common."""
+    varied = {"guidance": "scale", "sampler": "num_steps"}
+    nodes = {group: {**(settings[group] or {}), name: None} for group, name in varied.items()}
+    return {**settings, **nodes}

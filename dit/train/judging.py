@@ -73,6 +73,12 @@ class Judging:
         """By metric, what tells its extractor from others."""
         return {name: group.look.about for group in self._groups for name in group.metrics}
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of what is drawn."""
+        decoder = self.data.decoder
+        return decoder.image_size, decoder.image_size, decoder.channels
+
     @cached_property
     def about_reference(self) -> dict[str, Any]:
         """What tells the reference from others, and the images that other metrics read."""
@@ -97,7 +103,9 @@ class Judging:
         for group in self._groups:
             if self.statistics:
                 self._check_reference(group, self.statistics)
-                group.reference = group.reference or of_statistics(group, self.statistics)
+                group.reference = group.reference or of_statistics(
+                    group, self.statistics, f"reference={self.reference}"
+                )
                 there = None if self.statistics.images is None else len(self.statistics.images)
             least = min([*numbers, *([] if there is None else [min(there, ROWS)])])
             for distribution in group.metrics.values():
@@ -118,12 +126,13 @@ class Judging:
         Args:
             subject: the model.
             num_images: how many samples.
-            batch_size: in parts of so many; the samples do not depend on the number of processes.
+            batch_size: in parts of so many, num_images at most; samples do not depend on the number of processes.
             seed: of random labels.
             labels: the classes `in_turn`, or `random`, as published figures often have them.
             drawn: keeps what was drawn.
         """
         figures: dict[str, float] = {}
+        batch_size = min(batch_size, num_images)
         if self._groups:
             for group in self._groups:  # before anything is drawn
                 group.reference = group.reference or of_training_images(
@@ -197,8 +206,9 @@ class Judging:
                 "extractor, or choose extractor= as there"
             )
         if group.reference_rows and had.images is None:
+            reading = ", ".join(sorted(name for name, metric in group.metrics.items() if metric.reference_rows))
             raise ValueError(
-                f"{where} has statistics alone, but {', '.join(sorted(group.metrics))} reads images: give a file with "
+                f"{where} has statistics alone, but metric={reading} reads images: give a file with "
                 "arr_0, too, or leave reference=null, for the run's training images"
             )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -30,7 +30,7 @@ def of_training_images(group: Group, data: Any, world: World, rank: int, size: i
     about |= {"moments": sorted(group.moments), "rows": sorted(group.reference_rows), "most": ROWS}
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     file = cache / f"reference-{name}.safetensors"
-    if world.once(file.exists):
+    if world.once(lambda: file.exists() and _intact(file, group)):
         return _loaded(file, group)
     seen, total = group.begin(of_reference=True), data.count("train")
     for number, samples in data.parts("train", SIZE, rank, size):
@@ -45,8 +45,8 @@ def of_training_images(group: Group, data: Any, world: World, rank: int, size: i
     return seen
 
 
-def of_statistics(group: Group, had: statistics.Statistics) -> Seen:
-    """What a file says was seen, and what is seen in its images.
+def of_statistics(group: Group, had: statistics.Statistics, where: str) -> Seen:
+    """What a file says was seen, and what is seen in its images; `where` names it.
 
     Raises:
         ValueError: if its statistics are of other features, or lack some.
@@ -55,14 +55,17 @@ def of_statistics(group: Group, had: statistics.Statistics) -> Seen:
     for layer in group.moments & had.moments.keys():
         if (theirs := len(had.moments[layer].mean)) != (ours := looks.widths[layer]):
             raise ValueError(
-                f"the reference has statistics of {theirs} features, but the extractor {looks.about['name']} sees "
+                f"{where} has statistics of {theirs} features, but the extractor {looks.about['name']} sees "
                 f"{ours}: choose the one it is of"
             )
     if had.images is not None and (group.reference_rows or group.moments - had.moments.keys()):
         for number, part in enumerate(torch.from_numpy(had.images).permute(0, 3, 1, 2).split(SIZE)):
             seen.add(number, looks(part))
     elif missing := group.moments - had.moments.keys():
-        raise ValueError(f"the reference has no statistics of {missing.pop()} features, nor images (arr_0)")
+        raise ValueError(
+            f"{where} has no statistics of {missing.pop()} features, nor images (arr_0): give one that has, or leave "
+            "reference=null, for the run's training images"
+        )
     seen.moments |= {layer: had.moments[layer] for layer in group.moments & had.moments.keys()}
     return seen
 
@@ -125,6 +128,13 @@ def _store(file: Path, seen: Seen, group: Group) -> None:
     partial = file.with_suffix(f".{os.getpid()}.tmp")  # another run may look at the same images
     save_file(tensors, partial, numbers)
     partial.replace(file)
+
+
+def _intact(file: Path, group: Group) -> bool:
+    try:
+        return bool(_loaded(file, group).moments.keys() >= group.moments)
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return False
 
 
 def _loaded(file: Path, group: Group) -> Seen:

@@ -238,8 +238,8 @@ class Run:
         """
         try:
             before = self.world.once(lambda: summary_of(self.folder))
-            judged = bool(before.keys() - PROGRESS) or not self.cfg.metric
-            if before.get("step") == self.step == self.cfg.trainer.max_steps and judged:
+            has_figures = bool(before.keys() - PROGRESS) or not self.cfg.metric
+            if before.get("step") == self.step == self.cfg.trainer.max_steps and has_figures:
                 self.world.say(f"dit: {self.folder} is complete at step {self.step}")
                 if self.world.is_first:
                     _report(self.folder, before)
@@ -465,7 +465,7 @@ class Run:
                 **recorder.beside(),
             }
             with self.clock.of("evaluation"):
-                summary |= self._judged(module, trainer, recorder)
+                summary |= self._final_figures(module, trainer, recorder)
             if self.world.is_first:
                 self.attempts.trained(module.step)  # what judging has taken, too
                 if useful := goodput.of_run(self.folder)[0]:
@@ -487,7 +487,7 @@ class Run:
         if self.world.is_first:
             with recorder.forgiven():
                 settings = self._settings(module, num_images)
-                judged.note(self.folder / "evaluation.jsonl", module.step, figures, settings)
+                figures = judged.note(self.folder / "evaluation.jsonl", figures, settings)
         return figures
 
     def _settings(self, module: "DiffusionModule", num_images: int) -> dict[str, Any]:
@@ -505,7 +505,7 @@ class Run:
                 digest = sha256(module.denoiser)
         return judged.settings(asked, self.judging, step=module.step, sha256=digest, device=self.device.type)
 
-    def _judged(self, module: "DiffusionModule", trainer: "Trainer", recorder: "Recorder") -> dict[str, Any]:
+    def _final_figures(self, module: "DiffusionModule", trainer: "Trainer", recorder: "Recorder") -> dict[str, Any]:
         """What others need of it exported, and the figures of the metric."""
         with self._as_sampled(module, trainer):
             if self.world.is_first:

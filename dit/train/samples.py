@@ -22,13 +22,14 @@ class Kept:
     Args:
         folder: made here; of samples that are drawn alike.
         world: the processes that draw them together; others are refused meanwhile.
+        shape: of a part, (N, H, W, C).
 
     Raises:
         ValueError: if others do.
     """
 
-    def __init__(self, folder: Path, world: World):
-        self.folder = folder
+    def __init__(self, folder: Path, world: World, shape: tuple[int, ...]):
+        self.folder, self.shape = folder, shape
         self._lock: TextIO | None = None
         world.once(self._claim)
 
@@ -46,7 +47,9 @@ class Kept:
         """The part of a number, uint8 (N, C, H, W): that of before, or drawn now and written, whole or not at all."""
         path = self.folder / f"{number:06d}.npy"
         with suppress(OSError, ValueError, EOFError):  # it is not there, or damaged
-            return torch.from_numpy(np.load(path)).permute(0, 3, 1, 2)
+            part = np.load(path)
+            if part.shape == self.shape and part.dtype == np.uint8:
+                return torch.from_numpy(part).permute(0, 3, 1, 2)
         images = draw()
         partial = path.with_suffix(".tmp")
         with partial.open("wb") as file:
@@ -84,3 +87,5 @@ class Kept:
             self._lock.close()
         if not (self.folder / KEEP).exists():
             shutil.rmtree(self.folder, ignore_errors=True)
+            with suppress(OSError):  # others are in it
+                self.folder.parent.rmdir()

@@ -47,8 +47,9 @@ class Backlog:
         if not self._read() and not over:
             return
         for path in self._samples.glob("step-*.png"):
-            step = int(path.stem.removeprefix("step-"))
-            self._rows.setdefault(step, {"step": step})["preview"] = path
+            with suppress(ValueError):  # nothing of ours
+                step = int(path.stem.removeprefix("step-"))
+                self._rows.setdefault(step, {"step": step})["preview"] = path
         complete = sorted(step for step in self._rows if over or step < self.last_line["step"])
         for step, row in [(step, self._rows.pop(step)) for step in complete]:
             if step > self.after:
@@ -169,26 +170,20 @@ def figures(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {"distances": wandb.plot.bar(wandb.Table(["figure", "value"], rows), "figure", "value", "Distances")}
 
 
-def evaluations(path: Path) -> list[dict[str, Any]]:
-    """What training and `dit evaluate` have written to a file, each with `figures` and `settings`."""
-    found = []
-    for text in path.read_bytes().splitlines() if path.exists() else []:
-        with suppress(ValueError):  # half a line
-            found.append(json.loads(text))
-    return [record for record in found if isinstance(record, dict) and {"figures", "settings"} <= record.keys()]
-
-
-def judged(folder: Path) -> dict[str, Any]:
+def evaluation(folder: Path) -> dict[str, Any]:
     """The last evaluation, all that moves its figures, and the plot of several, for the summary."""
     import wandb
 
-    found = evaluations(folder / "evaluation.jsonl")
+    path, plot = folder / "evaluation.jsonl", folder / "evaluation.png"
     told: dict[str, Any] = {}
-    if found:
-        told = {f"evaluation/{name}": value for name, value in found[-1]["figures"].items()}
-        told["evaluation/settings"] = found[-1]["settings"]
-    if (plot := folder / "evaluation.png").exists():
-        told["evaluation/plot"] = wandb.Image(str(plot))
+    for text in path.read_bytes().splitlines() if path.exists() else ():
+        with suppress(ValueError, LookupError, TypeError, AttributeError):  # half a line, or nothing of ours
+            record = json.loads(text)
+            figures = {f"evaluation/{name}": value for name, value in record["figures"].items()}
+            told = {**figures, "evaluation/settings": record["settings"]}
+    if plot.exists():
+        with suppress(OSError):  # half a picture
+            told["evaluation/plot"] = wandb.Image(str(plot))
     return told
 
 
@@ -355,7 +350,7 @@ def main() -> None:
             if ended:
                 break
         had, summary = run.summary, summary_of(folder, backlog.last_line)
-        told = {**summary, **judged(folder)}
+        told = {**summary, **evaluation(folder)}
         run.summary.update({name: v for name, v in told.items() if had.get(name) != v})
         alert(*farewell(folder, summary, backlog.last_line.get("step", order["after"]), in_order))
         run.finish(exit_code=0 if in_order else 1)

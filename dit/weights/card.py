@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+ANCESTRAL = {0: " (DDIM, Euler)", 1: " (DDPM, Euler ancestral)"}  # what a step is called, by its eta
 EMPTY: tuple[Any, ...] = (None, "", {}, [])
 USE = {
     "native": """import dit  # pip install ditforge
@@ -66,16 +67,31 @@ def card(
     return "\n".join([*lines, "", ending + "`manifest.json`.", ""])
 
 
+def sampler_name(node: Mapping[str, Any]) -> str:
+    """A sampler as the field calls it."""
+    name = str(node.get("_target_", "")).split(".")[-2]
+    if name != "ancestral":
+        return name
+    eta = node.get("eta", 0)
+    return f"ancestral with eta {eta:g}" + ANCESTRAL.get(eta, "")
+
+
 def brief(node: Any) -> str:
     """A node of a configuration in a few words: what it names, and its options."""
     if not isinstance(node, Mapping):
         return _said(node)
-    *_, module, name = ["", *str(node.get("_target_", "")).split(".")]
-    options = {key: value for key, value in node.items() if not key.startswith("_") and value is not None}
+    name = str(node.get("_target_", "")).rpartition(".")[2]
+    options = {
+        key: value for key, value in node.items() if not key.startswith("_") and key != "runs_dir" and value is not None
+    }
+    if name == "sample":
+        name = sampler_name(node)
+        if name.startswith("ancestral"):
+            options.pop("eta", None)  # is in its name
     said = [
         f"{key}={f'({brief(value)})' if isinstance(value, Mapping) else _said(value)}" for key, value in options.items()
     ]
-    return " ".join([*([module if name == "sample" else name] if name else []), *said])
+    return " ".join([*([name] if name else []), *said])
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

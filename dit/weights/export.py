@@ -24,7 +24,7 @@ PROGRAM, ONNX = "network.pt2", "network.onnx"
 PROGRAMS = {"pt2": "torch.export.load", "onnx": "onnxruntime"}  # formats without weights, and what reads them
 KNOWN = {WEIGHTS, CONFIG, INDEX, FEW_STEP, CARD, GRID, PIPELINE, CODE, VAE, TRANSFORMER, SCHEDULER, PROGRAM}
 KNOWN |= {ONNX, f"{ONNX}.data", manifest.MANIFEST}
-KNOWN |= {"evaluation.jsonl", "evaluation.png", "evaluation"}  # that of `dit evaluate`
+EVALUATION = re.compile(r"evaluation(-.*)?(\.jsonl|\.png)?")  # what `dit evaluate` writes beside
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 MOST_BYTES = 5 * 10**9  # of a file of weights
 
@@ -124,15 +124,22 @@ def _check_free(path: Path, overwrite: bool) -> None:
     """See that a folder can be written to a path.
 
     Raises:
-        ValueError: if there is something that is no export, or an export that is to stay.
+        ValueError: if there is something that is no export, or an export that is to stay, or has evaluations.
     """
     if not path.exists() and not path.is_symlink():
         return
-    others = path.is_symlink() or not path.is_dir() or {file.name for file in path.iterdir()} - KNOWN
-    if others and (others is True or not all(SHARD.fullmatch(name) for name in others)):
+    is_folder = path.is_dir() and not path.is_symlink()
+    there = sorted(file.name for file in path.iterdir()) if is_folder else []
+    evaluations = [name for name in there if EVALUATION.fullmatch(name)]
+    if not is_folder or not all(name in KNOWN or SHARD.fullmatch(name) or name in evaluations for name in there):
         raise ValueError(f"path={path} exists and is no export: choose another path")
     if not overwrite:
         raise ValueError(f"path={path} exists: choose another path, or overwrite=true to replace it")
+    if evaluations:
+        raise ValueError(
+            f"path={path} has evaluations, which overwrite=true would delete: choose another path, or move "
+            f"{', '.join(str(path / name) for name in evaluations)} away"
+        )
 
 
 def sync(path: Path) -> None:
