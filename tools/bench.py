@@ -25,7 +25,9 @@ from bench_ema import ema
 from bench_goodput import goodput
 from bench_guard import guard
 from bench_memory import memory
+from bench_overhead import overhead
 from bench_sample import sample
+from bench_startup import startup
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -153,6 +155,17 @@ def main() -> None:
     command.add_argument("--steps", type=int, default=200, help="of a small network, that are timed alone")
     command.add_argument("--repeats", type=int, default=5)
     command.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
+    command = commands.add_parser("overhead", help="what a run does beside forward, backward and optimizer, of a step")
+    command.set_defaults(run=overhead)
+    command.add_argument("overrides", nargs="*", help="of experiment=imagenet256_dit_b_2, like model=dit_s_2")
+    command.add_argument("--batch-size", type=int, default=8)
+    command.add_argument("--steps", type=int, default=6)
+    command.add_argument("--warm", type=int, default=1, help="steps before these")
+    command.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
+    command = commands.add_parser("startup", help="how long commands take to begin, and training to its first step")
+    command.set_defaults(run=startup)
+    command.add_argument("--repeats", type=int, default=5)
+    command.add_argument("--threads", type=int, default=1, help="of torch in this process")
     command = commands.add_parser("goodput", help="what is left of a run's time when faults befall it")
     command.set_defaults(run=goodput)
     command.add_argument("overrides", nargs="*", help="of the digits' recipe, as for dit train")

@@ -2,6 +2,7 @@
 
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -107,6 +108,8 @@ class Recorder(Callback):
             pl_module.step = self.max_steps
         self.loss_sum = self.loss_sum + torch.where(outputs["applied"], outputs["loss"], 0)
         self.num_losses = self.num_losses + outputs["applied"]
+        if not self.total_images + self._images:
+            self.world.say(f"dit: the first step after {time.time() - self.clock.began:.1f} s")
         self._images += self.batch_size
         step = pl_module.step
         if step % self.every_steps == 0 or step == self.max_steps:

@@ -1,0 +1,56 @@
+"""`python tools/bench.py startup`: how long commands take to begin, beside what they cannot do without."""
+
+import argparse
+import json
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+
+DIT = (sys.executable, "-m", "dit")
+FLOOR = "import torch, lightning"
+TRAIN = ("train", "experiment=digits", "run=startup", "metric=none", "logger=none", "trainer.max_steps=1")
+
+
+def startup(options: argparse.Namespace) -> None:
+    """Measure and print; the commands take turns."""
+    with tempfile.TemporaryDirectory() as folder:
+        train = [*DIT, *TRAIN, f"runs_dir={folder}/{{}}", f"data_dir={folder}/data"]
+        ways: dict[str, Sequence[str]] = {
+            "python -c pass": [sys.executable, "-c", "pass"],
+            FLOOR: [sys.executable, "-c", "import torch, lightning.pytorch"],
+            "dit --help": [*DIT, "--help"],
+            "dit train --help": [*DIT, "train", "--help"],
+            "dit train experiment=digits --cfg job": [*DIT, "train", "experiment=digits", "--cfg", "job"],
+            "a mistake in the configuration": [*DIT, "train", "experiment=digits", "optimizer.lr=-1"],
+            "dit train experiment=digits, one step and its end": train,
+        }
+        first: list[float] = []
+        seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+        _taken([word.format("warm") for word in train])  # packs the digits, too
+        for number in range(options.repeats):
+            for name, command in ways.items():
+                wall, cpu, said = _taken([word.format(number) for word in command])
+                seconds[name].append((wall, cpu))
+                first += [float(found) for found in re.findall(r"first step after ([\d.]+) s", said)]
+    print("| command | seconds (least - most) | CPU seconds |\n|---|---|---|")
+    for name, found in seconds.items():
+        walls, cpus = zip(*found, strict=True)
+        print(f"| `{name}` | {statistics.median(walls):.2f} ({min(walls):.2f} - {max(walls):.2f}) | {statistics.median(cpus):.2f} |")
+    print(f"\nthe first step of training ended after {statistics.median(first):.1f} s ({min(first):.1f} - {max(first):.1f})")
+    asked = {key: value for key, value in vars(options).items() if key != "run"}
+    print("\n" + json.dumps({"asked": asked, "seconds": seconds, "first_step": first}))
+
+
+def _taken(command: Sequence[str]) -> tuple[float, float, str]:
+    """Seconds, CPU seconds, and what was said."""
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "WANDB_MODE": "offline"})
+    wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode in (0, 2), done.stderr
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.stdout
