@@ -1,6 +1,7 @@
 """`python tools/bench.py overhead`: what all that a run does beside forward, backward and optimizer takes of a step."""
 
 import argparse
+import io
 import json
 import statistics
 import tempfile
@@ -8,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import wraps
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,7 @@ class Sections:
 
 
 def overhead(options: argparse.Namespace) -> None:
-    """Train a run of images of 32 x 32 pixels, which are as many tokens as latents of 256, and print where time went."""
+    """Train on images of 32 x 32 pixels, which are as many tokens as latents of 256, and print where time went."""
     from lightning.pytorch import Callback
 
     from dit.noise.denoiser import Denoiser
@@ -86,9 +88,9 @@ def overhead(options: argparse.Namespace) -> None:
                 sections.enter("other")
                 steps.append(dict(sections.seconds))
 
-        with _also(Steps()), redirect_stdout(None):
+        with _also(Steps()), redirect_stdout(io.StringIO()):
             Run(cfg).fit()
-    parts = [{k: b.get(k, 0.0) - a.get(k, 0.0) for k in b} for a, b in zip(steps[:-1], steps[1:], strict=True)]
+    parts = [{k: b.get(k, 0.0) - a.get(k, 0.0) for k in b} for a, b in pairwise(steps)]
     _report(options, parts[options.warm :])
 
 
@@ -102,8 +104,8 @@ def _recipe(folder: Path, options: argparse.Namespace) -> list[str]:
         pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
         (pictures / str(i % 2)).mkdir(exist_ok=True)
         Image.fromarray(pixels).save(pictures / str(i % 2) / f"{i}.png")
-    with redirect_stdout(None):
-        pack(compose("pack", [f"source={pictures}", f"out={folder}/data", "workers=0"]))
+    with redirect_stdout(io.StringIO()):
+        pack(compose("pack", [f"source={pictures}", f"out={folder}/data", "num_workers=1"]))
     number = options.steps + options.warm + 1
     return [
         *("experiment=imagenet256_dit_b_2", "latent=pixels", "data.image_size=32", "data.num_classes=2"),
@@ -118,7 +120,8 @@ def _report(options: argparse.Namespace, steps: list[dict[str, float]]) -> None:
     medians = {name: statistics.median(step.get(name, 0.0) for step in steps) for name in names}
     whole = [sum(step.values()) for step in steps]
     beside = [1 - sum(step.get(name, 0.0) for name in MODEL) / sum(step.values()) for step in steps]
-    print(f"DiT-B/2, {options.batch_size} images a step, float32, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    what = " ".join(["DiT-B/2", *options.overrides])
+    print(f"{what}, {options.batch_size} images a step, float32, {options.threads} threads, torch {torch.__version__}")
     print("\n| | ms | of a step |\n|---|---|---|")
     for name, seconds in sorted(medians.items(), key=lambda item: -item[1]):
         print(f"| {name} | {1000 * seconds:.1f} | {seconds / statistics.median(whole):.2%} |")

@@ -102,7 +102,9 @@ def _peer(cfg: Any, weights: dict[str, Tensor], folder: Path) -> Any:
     return pipeline
 
 
-def _ours(parts: Parts, weights: dict[str, Tensor], noise: Tensor, labels: Tensor, *, compile: bool) -> Callable[[], Tensor]:
+def _ours(
+    parts: Parts, weights: dict[str, Tensor], noise: Tensor, labels: Tensor, *, compile: bool
+) -> Callable[[], Tensor]:
     denoiser = parts.denoiser().eval()
     denoiser.network.load_state_dict(weights)
     arrange(denoiser.network, compile=compile)
