@@ -28,6 +28,7 @@ from bench_memory import memory
 from bench_overhead import overhead
 from bench_sample import sample
 from bench_startup import startup
+from bench_wait import wait
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -135,6 +136,14 @@ def main() -> None:
     command.add_argument("--samples", type=int, default=8000)
     command.add_argument("--repeats", type=int, default=5)
     command.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
+    command = commands.add_parser("wait", help="what steps of a fast GPU wait for latents of local shards")
+    command.set_defaults(run=wait)
+    command.add_argument("--rate", type=float, default=700, help="images a second of the GPU, which a sleep stands for")
+    command.add_argument("--batch-size", type=int, default=256)
+    command.add_argument("--steps", type=int, default=60)
+    command.add_argument("--samples", type=int, default=4096)
+    command.add_argument("--workers", type=int, default=2)
+    command.add_argument("--threads", type=int, default=1, help="of torch in this process")
     for name, run, what in (("ema", ema, "averaging the weights"), ("guard", guard, "watching over the gradients")):
         command = commands.add_parser(name, help=f"what {what} adds to a training step")
         command.set_defaults(run=run)

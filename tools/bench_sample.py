@@ -27,7 +27,7 @@ AGREE = 3  # levels of 255, by which some pixels may differ
 def sample(options: argparse.Namespace) -> None:
     """Measure and print; each way draws the same images from the same noise, in turn."""
     with tempfile.TemporaryDirectory() as folder:
-        _vae(Path(folder) / "vae")
+        vae(Path(folder) / "vae")
         cfg = compose("train", _words(options, f"{folder}/vae"))
         parts, weights = Parts(cfg), _weights(cfg)
         pipeline = _peer(cfg, weights, Path(folder) / "stock")
@@ -70,7 +70,7 @@ def _words(options: argparse.Namespace, vae: str) -> list[str]:
     return [*recipe, f"latent.name={vae}", *told, *options.overrides, *sampled]
 
 
-def _vae(folder: Path) -> None:
+def vae(folder: Path) -> None:
     """A small random VAE of stride 8, which both decode by."""
     import diffusers
 
