@@ -6,12 +6,13 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from functools import wraps
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -131,25 +132,16 @@ def _report(options: argparse.Namespace, steps: list[dict[str, float]]) -> None:
     print("\n" + json.dumps({"asked": asked, "steps": steps}))
 
 
-class _also:
+@contextmanager
+def _also(callback: Any) -> Iterator[None]:
     """For the length of a `with`, Lightning's trainers have one more callback, the first."""
+    from lightning.pytorch import Trainer
 
-    def __init__(self, callback: Any):
-        self.callback = callback
+    before = Trainer.__init__
 
-    def __enter__(self) -> None:
-        from lightning.pytorch import Trainer
+    def begin(trainer: Any, *args: Any, **options: Any) -> None:
+        options["callbacks"] = [callback, *options["callbacks"]]
+        before(trainer, *args, **options)
 
-        self._before = Trainer.__init__
-        before, callback = self._before, self.callback
-
-        def begin(trainer: Any, *args: Any, **options: Any) -> None:
-            options["callbacks"] = [callback, *options["callbacks"]]
-            before(trainer, *args, **options)
-
-        Trainer.__init__ = begin  # type: ignore[method-assign]
-
-    def __exit__(self, *_: object) -> None:
-        from lightning.pytorch import Trainer
-
-        Trainer.__init__ = self._before  # type: ignore[method-assign]
+    with patch.object(Trainer, "__init__", begin):
+        yield

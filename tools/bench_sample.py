@@ -77,7 +77,8 @@ def vae(folder: Path) -> None:
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     sizes = {"block_out_channels": (8,) * 4, "latent_channels": 4, "norm_num_groups": 4, "layers_per_block": 1}
     torch.manual_seed(0)
-    diffusers.AutoencoderKL(**blocks, **sizes, sample_size=256).save_pretrained(folder)
+    made: Any = diffusers.AutoencoderKL(**blocks, **sizes, sample_size=256)
+    made.save_pretrained(folder)
 
 
 def _weights(cfg: Any) -> dict[str, Tensor]:
