@@ -32,14 +32,13 @@ def wait(options: argparse.Namespace) -> None:
         cfg = compose("train", ["experiment=imagenet256_dit_xl_2", "data=latents", *words])
         data = build(cfg.data)
         data.check(options.batch_size, NUM_SHARDS)
-        waits, works = list[float](), list[float]()
+        waits = list[float]()
         with closing(data.batches(options.batch_size, 0, lanes=NUM_SHARDS)) as batches:
             next(batches)  # which starts the workers
             for _ in range(options.steps):
                 began = time.perf_counter()
-                batch = next(batches)
+                next(batches)
                 waits.append(time.perf_counter() - began)
-                works.append(len(batch["key"]))
                 time.sleep(step)
     shares = [seconds / (seconds + step) for seconds in waits]
     share = sum(waits) / (sum(waits) + step * len(waits))

@@ -22,7 +22,6 @@ from dit.command.compose import (
 from dit.command.existing import check_run, check_writable, load, offer, weights_asked
 from dit.command.plot import plot
 from dit.train import judged, saved
-from dit.train.judged import evaluations
 
 if TYPE_CHECKING:
     from dit.train.judging import Judging
@@ -250,7 +249,7 @@ def _record(cfg: DictConfig, run: "Loaded", judging: "Judging", world: "World") 
         judging.check(subject, [cfg.num_samples])
         digest = sha256(run.denoiser)
         settings = judged.settings(_asked(cfg), judging, step=run.step, sha256=digest, device=run.device.type)
-        known = world.once(lambda: next((r for r in evaluations(out) if r["settings"] == settings), None))
+        known = world.once(lambda: next((r for r in judged.evaluations(out) if r["settings"] == settings), None))
         if known and cfg.samples is None:
             return known
         key = hashlib.sha256(_text({name: settings[name] for name in DRAWN})).hexdigest()[:16]
@@ -276,7 +275,7 @@ def _record(cfg: DictConfig, run: "Loaded", judging: "Judging", world: "World") 
 def _asked(cfg: DictConfig) -> dict[str, Any]:
     """What is asked for, resolved."""
     asked: Any = OmegaConf.to_container(cfg, resolve=True)
-    return {**asked, "run": str(cfg.run), "weights": weights_asked(cfg)}
+    return {**asked, "weights": weights_asked(cfg)}
 
 
 def _told(cfg: DictConfig) -> str:

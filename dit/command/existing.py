@@ -49,8 +49,10 @@ def check_run(cfg: DictConfig, least: dict[str, float]) -> None:
         ConfigError: naming the value and the way out.
     """
     check_least(cfg, {"batch_size": 1, "seed": 0, "step": 0, "sampler.num_steps": 1, "guidance.scale": 0.0, **least})
+    check_choices(cfg, {"accelerator": ("auto", "cpu", "gpu")})
     there = weights_of(cfg)
-    check_choices(cfg, {"accelerator": ("auto", "cpu", "gpu"), **({} if cfg.weights is None else {"weights": there})})
+    if cfg.weights is not None:
+        check_choices(cfg, {"weights": there})
 
 
 def weights_of(cfg: DictConfig) -> list[str]:
