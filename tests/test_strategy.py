@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_encoders import clip
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from dit.command.compose import compose
 from dit.model.dit import DiT
@@ -11,6 +12,7 @@ from dit.noise.draw import Draw
 from dit.objective.objective import Batch
 from dit.train.build import Parts, build
 from dit.train.execution import arrange
+from dit.train.graphed import Graphed
 from dit.train.run import Run
 from dit.train.saved import config_dir
 
@@ -168,3 +170,47 @@ def test_what_cannot_be_arranged_is_refused():
         arrange(torch.nn.Linear(2, 2), checkpointing="some")
     with pytest.raises(ValueError, match="Linear names no units"):
         arrange(torch.nn.Linear(2, 2), compile=True)
+
+
+def test_products_of_compiled_code_may_be_those_of_onednn(monkeypatch):
+    from dit.train import products  # takes seconds
+
+    monkeypatch.setattr(products, "_amd", lambda: True)
+
+    def gradients(x, weight, bias):
+        y = torch.nn.functional.linear(x, weight, bias)
+        return y, *torch.autograd.grad(y.square().sum(), (x, weight, bias))
+
+    def traced(rows, told, out):
+        inputs = [torch.randn(*shape, requires_grad=True) for shape in ((rows, told), (out, told), (out,))]
+        graph = make_fx(gradients, tracing_mode="fake")(*inputs)
+        products.Products()(graph.graph)
+        graph.graph.lint()
+        graph.recompile()
+        for ours, expected in zip(graph(*inputs), gradients(*inputs), strict=True):
+            torch.testing.assert_close(ours, expected)
+        return [node.target for node in graph.graph.nodes if node.op == "call_function"]
+
+    found = traced(128, 64, 96)  # the output and the gradient of x; that of the weight is as before
+    assert found.count(torch.ops.dit.linear.default) == 2 and found.count(torch.ops.aten.mm.default) == 1
+    assert torch.ops.dit.linear.default not in traced(8, 64, 96)  # few rows
+    assert products.Products().uuid() == products.Products().uuid()
+
+
+def test_without_a_gpu_no_forward_is_captured():
+    layer = torch.nn.Linear(2, 3)
+    x = torch.randn(4, 2)
+    with torch.no_grad():
+        assert torch.equal(Graphed(layer.forward)(x), layer(x))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_graphs_replay_what_the_network_computes_with_the_weights_of_now():
+    layer = torch.nn.Linear(2, 3).cuda()
+    graphed = Graphed(layer.forward)
+    with torch.no_grad():
+        for rows in (4, 4, 5):
+            x = torch.randn(rows, 2, device="cuda")
+            torch.testing.assert_close(graphed(x), layer(x))
+            layer.weight.mul_(2)
+        assert len(graphed._captured) == 2

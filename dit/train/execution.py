@@ -1,7 +1,7 @@
 """How a network is executed on its device: options beside the model, which knows nothing of them.
 
 A network names the modules that are treated as one, its `units`; what is done to them is done in place, so that names
-of parameters stay as they are. The order is: activation checkpointing, compile.
+of parameters stay as they are. The order is: activation checkpointing, compile, CUDA graphs.
 """
 
 from collections.abc import Callable
@@ -12,11 +12,18 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from dit.train.graphed import Graphed
+
 CHECKPOINTING = ("none", "full", "selective")
 
 
 def arrange(
-    network: nn.Module, *, checkpointing: str = "none", compile: bool = False, channels_last: bool = False
+    network: nn.Module,
+    *,
+    checkpointing: str = "none",
+    compile: bool = False,
+    channels_last: bool = False,
+    graphs: bool = False,
 ) -> None:
     """Set in place how a network is executed; what it computes stays the same.
 
@@ -27,6 +34,7 @@ def arrange(
             too, and computes the rest again.
         compile: each unit by torch.compile.
         channels_last: store images with channels last, as convolutions of GPUs want them.
+        graphs: on a GPU, without gradients, forwards are replayed as CUDA graphs.
 
     Raises:
         ValueError: if there is no such choice, or the network has no units.
@@ -45,12 +53,16 @@ def arrange(
         if not isinstance(module, units):
             continue
         if checkpointing != "none":
-            options: dict[str, Any] = {"use_reentrant": False}
+            how: dict[str, Any] = {"use_reentrant": False}
             if checkpointing == "selective":
-                options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
-            module.forward = _checkpointed(module.forward, options)
+                how["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+            module.forward = _checkpointed(module.forward, how)
         if compile:
-            module.compile(dynamic=False)
+            from dit.train.products import options  # which takes seconds to import
+
+            module.compile(dynamic=False, options=options())
+    if graphs:
+        network.forward = Graphed(network.forward)
     if compile:  # units of one class share their code, and each shape of theirs counts
         torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
 
