@@ -1,4 +1,4 @@
-"""Matrix products of compiled code by oneDNN, on CPUs for which MKL is not tuned."""
+"""Matrix products of compiled code, on CPUs for which MKL is not tuned."""
 
 import hashlib
 import inspect
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-SMALLEST = 64  # rows, and features in and out: below it takes longer to begin than is gained
+SMALLEST = 64  # rows, and features in and out: below it oneDNN takes longer to begin than is gained
+FEW = 8  # images: the gradient of a weight that sees them, and not their tokens, is written faster than MKL multiplies
 
 _library = torch.library.Library("dit", "DEF")
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -31,15 +32,16 @@ def _shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Products(CustomGraphPass):
-    """Has oneDNN do the products of activations and weights in a compiled graph, forward and backward.
+    """Changes the products of a compiled graph, forward and backward, where others are faster on an AMD CPU.
 
-    The compiler calls it after derivatives are taken, and tensors are those of one device, so that nothing else need
-    know of it. Products are float32 on an AMD CPU; all others, and gradients of weights, in which MKL is as fast, stay.
-    Measured: tools/benchmarks/train.md.
+    Those of activations and weights are oneDNN's; those over a few images are sums of outer products. The rest stay,
+    such as gradients of weights, in which MKL is as fast. All are float32. The compiler calls it after derivatives are
+    taken, and tensors are those of one device, so that nothing else need know of it. Measured:
+    tools/benchmarks/train.md.
     """
 
     def __call__(self, graph: fx.Graph) -> None:
-        """Change the graph in place."""
+        """Change it in place."""
         aten = torch.ops.aten
         for node in [*graph.nodes]:
             if node.target is aten.addmm.default and not node.kwargs:
@@ -48,13 +50,18 @@ class Products(CustomGraphPass):
                 bias, (x, matrix) = None, node.args
             else:
                 continue
-            if not _pays(x.meta["val"], matrix.meta["val"], None if bias is None else bias.meta["val"]):
+            left, right = x.meta["val"], matrix.meta["val"]
+            if left.device.type != "cpu" or not left.dtype == right.dtype == torch.float32 or not _amd():
                 continue
+            sizes = (len(left), *right.shape)
             with graph.inserting_before(node):
-                weight = graph.call_function(aten.permute.default, (matrix, [1, 0]))
-                weight.meta["val"] = matrix.meta["val"].mT
-                product = graph.call_function(torch.ops.dit.linear.default, (x, weight, bias))
-            product.meta.update(node.meta)
+                if min(sizes) >= SMALLEST and left.is_contiguous() and (bias is None or bias.meta["val"].ndim == 1):
+                    weight = _node(graph, aten.permute.default, matrix, [1, 0])
+                    product = _node(graph, torch.ops.dit.linear.default, x, weight, bias)
+                elif sizes[1] <= FEW and min(sizes[::2]) >= SMALLEST and bias is None:
+                    product = _outer(graph, x, matrix, sizes[1])
+                else:
+                    continue
             node.replace_all_uses_with(product)
             graph.erase_node(node)
 
@@ -63,11 +70,23 @@ class Products(CustomGraphPass):
         return hashlib.sha256(inspect.getsource(sys.modules[__name__]).encode() + bytes([_amd()])).hexdigest()
 
 
-def _pays(x: Tensor, matrix: Tensor, bias: Tensor | None) -> bool:
-    """Whether a product is of a kind that oneDNN does faster."""
-    large = min(*x.shape, matrix.shape[1]) >= SMALLEST
-    plain = x.device.type == "cpu" and x.dtype == matrix.dtype == torch.float32 and x.is_contiguous()
-    return large and plain and (bias is None or bias.ndim == 1) and _amd()
+def _outer(graph: fx.Graph, x: fx.Node, matrix: fx.Node, number: int) -> fx.Node:
+    """(N, K), (K, M) -> (N, M), the sum of x[:, k] matrix[k]: one loop, that the compiler writes."""
+    aten = torch.ops.aten
+    total = None
+    for k in range(number):
+        column = _node(graph, aten.slice.Tensor, x, 1, k, k + 1)
+        term = _node(graph, aten.mul.Tensor, column, _node(graph, aten.slice.Tensor, matrix, 0, k, k + 1))
+        total = term if total is None else _node(graph, aten.add.Tensor, total, term)
+    assert total is not None
+    return total
+
+
+def _node(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
+    """A call, and what comes of it: sizes and strides without numbers."""
+    node = graph.call_function(target, args)
+    node.meta["val"] = target(*(a.meta["val"] if isinstance(a, fx.Node) else a for a in args))
+    return node
 
 
 @cache
