@@ -1,0 +1,64 @@
+"""`python tools/bench.py curves`: losses of training from one seed, before and after each optimization."""
+
+import argparse
+import io
+import json
+import tempfile
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_machine import GPU, machine
+
+from dit.command.compose import compose
+
+BEFORE = "before: eager, float32, AdamW not fused"
+PLAIN = {"optimizer.fused": "false", "trainer.compile": "false", "trainer.precision": "32-true"}
+FLOAT8 = {"trainer.compile": "true", "trainer.float8": "true" if GPU else "emulate"}
+# What differs from before, and by how much of it the mean loss of the last fifth of the steps may differ.
+WAYS: dict[str, tuple[dict[str, str], float]] = {
+    "fused AdamW": ({"optimizer.fused": "true"}, 1e-4),
+    "fused, compiled": ({"optimizer.fused": "true", "trainer.compile": "true"}, 1e-4),
+    "fused, compiled, float8": ({"optimizer.fused": "true", **FLOAT8}, 0.03),
+}
+MIXED = {"optimizer.fused": "true", "trainer.compile": "true", "trainer.precision": "bf16-mixed"}
+ON_GPU: dict[str, tuple[dict[str, str], float]] = {"fused, compiled, bf16": (MIXED, 0.01)}
+
+
+def curves(options: argparse.Namespace) -> None:
+    """Train once each way, and print how far the losses are from those before; exit code 1 if one is too far."""
+    ways = {**WAYS, **(ON_GPU if GPU else {})}
+    losses = {BEFORE: _losses(options, PLAIN)}
+    losses |= {name: _losses(options, {**PLAIN, **changed}) for name, (changed, _) in ways.items()}
+    print(f"{options.steps} steps of {' '.join(options.overrides)}, the same seed\n")
+    print("| | mean loss, last fifth | from before | allowed | largest of a step |\n|---|---|---|---|---|")
+    last = slice(-max(1, options.steps // 5), None)
+    before, far = losses[BEFORE], []
+    for name, found in losses.items():
+        mean = found[last].mean() / before[last].mean() - 1
+        step = ((found - before) / before).abs().max()
+        allowed = ways[name][1] if name in ways else 0.0
+        print(f"| {name} | {found[last].mean():.5f} | {mean:+.2e} | {allowed:g} | {step:.1e} |")
+        far += [name] if not abs(mean) <= allowed else []
+    asked = {key: value for key, value in vars(options).items() if key != "run"}
+    found = {name: [float(f"{loss:.6g}") for loss in values] for name, values in losses.items()}
+    print("\n" + json.dumps({"machine": machine(mixed=False), "asked": asked, "losses": found}))
+    if far:
+        raise SystemExit(f"curves: too far from before: {'; '.join(far)}")
+
+
+def _losses(options: argparse.Namespace, changed: dict[str, str]) -> Any:
+    """Of each step, (steps,)."""
+    from dit.train.run import Run
+
+    with tempfile.TemporaryDirectory() as folder:
+        told = [f"runs_dir={folder}", "run=curve", "logger=none", "metric=none", "sampler.num_steps=1"]
+        steps = [f"trainer.max_steps={options.steps}", "trainer.log_every_steps=1"]
+        often = [f"trainer.{what}_every_steps={10 * options.steps}" for what in ("preview", "checkpoint")]
+        words = [f"{key}={value}" for key, value in changed.items()]
+        with redirect_stdout(io.StringIO()):
+            Run(compose("train", [*options.overrides, *told, *steps, *often, *words])).fit()
+        lines = (Path(folder) / "curve" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return torch.tensor([row["loss"] for row in rows if "loss" in row], dtype=torch.float64)
