@@ -27,19 +27,21 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(path: "str | Path") -> "Model":
+def load(path: "str | Path", *, compile: bool = False) -> "Model":
     """An export, or a run, ready to draw: `load("weights/digits").sample(label=[0, 1, 2], seed=0)`.
 
     Args:
         path: its folder.
+        compile: each block of the network by torch.compile: slow at the first batch, and at each of another size, then
+            faster; the same images up to rounding.
 
     Returns:
         See `dit.train.inference.Model`.
 
     Raises:
-        ValueError: if there is none, it is an autoencoder, or it holds a program and no weights.
+        ValueError: if there is none, it is an autoencoder, it holds a program and no weights, or it cannot be compiled.
         DamagedError: if a file of it is missing, or not what was written.
     """
     from dit.train.inference import Model  # torch takes its time, and most of the command line needs none
 
-    return Model(path)
+    return Model(path, compile=compile)

@@ -172,6 +172,15 @@ def test_runs_side_by_side_over_guidance_and_steps(where):
     assert scales == {(run, scale) for run in ("one", "other") for scale in (1, 2)}
 
 
+def test_a_sweep_loads_the_weights_once(where, tmp_path, monkeypatch):
+    loaded, load = [], evaluate.load
+    monkeypatch.setattr(evaluate, "load", lambda cfg: loaded.append(cfg) or load(cfg))
+    words = ("metric=fid", "num_samples=30")
+    last = judged(where, *words, "scales=[1,2]", "steps=[2,4]", f"out={tmp_path}/sweep.jsonl")
+    assert len(loaded) == 1
+    assert last == judged(where, *words, "guidance.scale=2", "sampler.num_steps=4", f"out={tmp_path}/one.jsonl")
+
+
 def test_mistakes_are_told_before_anything_is_drawn(where, tmp_path):
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "large.npz", arr_0=rng.integers(0, 256, (30, 16, 16, 3), dtype=np.uint8))

@@ -7,9 +7,12 @@ import torch
 from PIL import Image
 from tiny_encoders import clip
 
+import dit
 from dit.command import evaluate, sample
 from dit.command.compose import ConfigError, compose
 from dit.data.image import encode_png
+from dit.model.dit import DiT
+from dit.train.judged import alike
 from dit.train.run import Run
 
 VARIED = {
@@ -107,6 +110,41 @@ def test_a_run_draws_as_it_was_configured_unless_told_otherwise(runs):
     assert cfg.sampler.num_steps == 3 and cfg.grid._target_.endswith("karras")
     cfg = compose("sample", [f"runs_dir={runs}", "run=edm", "sampler=ddpm", "grid=evenly"])
     assert cfg.sampler.num_steps == 250 and cfg.grid._target_.endswith("evenly")
+
+
+def test_compiled_it_draws_the_same(runs, tmp_path, monkeypatch):
+    """By `dit.load`, `dit sample` and `dit evaluate`, which says so."""
+    monkeypatch.setattr(torch._inductor.config, "cpp_cache_precompile_headers", True)  # compiling takes long
+    label, out = [i % 10 for i in range(20)], tmp_path / "all.jsonl"
+    guided = ("run=plain", "guidance.scale=2")
+    judging = ("metric=fid", "extractor=small", "num_samples=20", f"out={out}")
+    latents, pixels = [], []
+    for compile in (False, True):
+        before = torch._dynamo.utils.counters["frames"]["ok"]
+        latents.append(dit.load(runs / "plain", compile=compile).latents(label=label, guidance=2.0))
+        words = ["compile=true"] if compile else []
+        picture = draw(runs, *guided, *words, "num_images=20", f"out={tmp_path}/{compile}.png")
+        pixels.append(drawn(picture, 10))
+        run_verb(evaluate, runs, *guided, *words, *judging)
+        assert (torch._dynamo.utils.counters["frames"]["ok"] > before) == compile
+    assert (latents[1] - latents[0]).abs().max() <= 1e-5 * latents[0].abs().max()
+    assert (pixels[1] - pixels[0]).abs().max() <= 1  # what lies between two levels
+    plain, compiled = (json.loads(line) for line in out.read_text().splitlines())
+    assert compiled["settings"] == plain["settings"] | {"compile": True}
+    assert alike(compiled["settings"]) == alike(plain["settings"])
+    assert compiled["figures"] == pytest.approx(plain["figures"], rel=1e-3)
+
+
+def test_what_cannot_be_compiled(runs, monkeypatch):
+    with pytest.raises(ConfigError, match="compile=max: expected true or false"):
+        draw(runs, "run=plain", "compile=max")
+    with pytest.raises(ValueError, match="compile='max': give True or False"):
+        dit.load(runs / "plain", compile="max")
+    monkeypatch.setattr(DiT, "units", ())
+    with pytest.raises(ConfigError, match=r"^compile=true: model DiT names no units to compile"):
+        draw(runs, "run=plain", "compile=true")
+    with pytest.raises(ValueError, match=r"^compile=true: model DiT names no units to compile"):
+        dit.load(runs / "plain", compile=True)
 
 
 def test_raw_and_averaged_weights_differ(runs, tmp_path):

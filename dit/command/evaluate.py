@@ -19,7 +19,7 @@ from dit.command.compose import (
     exit_code_of,
     user_errors,
 )
-from dit.command.existing import check_run, check_writable, load, offer, weights_asked
+from dit.command.existing import check_run, check_writable, chosen, load, offer, weights_asked
 from dit.command.plot import plot
 from dit.train import judged, saved
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 FILES = {"reference": ".npz", "samples": ".npz", "out": ".jsonl"}
 VERBATIM = tuple(FILES)
-DRAWN = (*judged.VARIED, "step", "sha256", "labels", "precision", "device")  # what moves samples
+DRAWN = (*judged.VARIED, "step", "sha256", "labels", "precision", "device", "compile")  # what moves samples
 
 
 def configuration(overrides: Sequence[str]) -> str:
@@ -225,20 +225,26 @@ def _judging(cfg: DictConfig, world: "World", kind: str) -> "Judging":
 
 
 def _records(cfg: DictConfig, judging: "Judging", world: "World") -> Iterator[dict[str, Any]]:
-    """All evaluations of a run."""
-    for job in _varied(cfg):
+    """All evaluations of a run, whose weights are loaded once."""
+    from dit.weights.identity import sha256
+
+    first, *others = _varied(cfg)
+    with user_errors():
+        run = load(first)
+        digest = sha256(run.denoiser)
+    yield _record(first, run, digest, judging, world)
+    for job in others:
         with user_errors():
-            run = load(job)
-        yield _record(job, run, judging, world)
+            run = run.otherwise(chosen(job))
+        yield _record(job, run, digest, judging, world)
 
 
-def _record(cfg: DictConfig, run: "Loaded", judging: "Judging", world: "World") -> dict[str, Any]:
+def _record(cfg: DictConfig, run: "Loaded", digest: str, judging: "Judging", world: "World") -> dict[str, Any]:
     """The figures of one evaluation, and all that they depend on; those of before, if they are there."""
     import torch
 
     from dit.train.files import append
     from dit.train.samples import Kept
-    from dit.weights.identity import sha256
 
     with user_errors():
         out = _out(cfg)
@@ -247,12 +253,11 @@ def _record(cfg: DictConfig, run: "Loaded", judging: "Judging", world: "World") 
         )
         subject = run.parts.subject(run.denoiser, run.latent, seed=cfg.seed, batch_size=cfg.batch_size, within=narrow)
         judging.check(subject, [cfg.num_samples])
-        digest = sha256(run.denoiser)
         settings = judged.settings(_asked(cfg), judging, step=run.step, sha256=digest, device=run.device.type)
         known = world.once(lambda: next((r for r in judged.evaluations(out) if r["settings"] == settings), None))
         if known and cfg.samples is None:
             return known
-        key = hashlib.sha256(_text({name: settings[name] for name in DRAWN})).hexdigest()[:16]
+        key = hashlib.sha256(_text({name: settings[name] for name in DRAWN if name in settings})).hexdigest()[:16]
         shape = (settings["batch_size"], *judging.image_shape)
         kept = Kept(out.parent / "evaluation" / key, world, shape) if judging.extractors else None
     world.say(f"dit: judging {cfg.num_samples:,} samples of run={cfg.run} at step {run.step}{_told(cfg)}")

@@ -100,11 +100,16 @@ def check_writable(out: Path, key: str = "out") -> None:
         raise ValueError(f"{key}={out} cannot be written: {error.strerror}") from error
 
 
+def chosen(cfg: DictConfig) -> dict[str, Any]:
+    """What a configuration has in the place of the run's own."""
+    return {group: cfg[group] for group in AS_THE_RUN_HAD_IT if group in cfg} | {"runs_dir": cfg.runs_dir}
+
+
 def load(cfg: DictConfig) -> "Loaded":
     """The run that a configuration names, sampled as the configuration says.
 
     Args:
-        cfg: with run, runs_dir, weights, step, accelerator, and the groups that may be chosen anew.
+        cfg: with run, runs_dir, weights, step, accelerator, compile, and the groups that may be chosen anew.
 
     Raises:
         ValueError: if something does not fit together, there is no checkpoint, or a student would be drawn in another
@@ -118,5 +123,5 @@ def load(cfg: DictConfig) -> "Loaded":
     device = torch.device("cuda" if cfg.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     if cfg.accelerator == "gpu" and device.type == "cpu":
         raise ValueError("accelerator=gpu, but torch sees none: choose accelerator=cpu")
-    chosen = {group: cfg[group] for group in AS_THE_RUN_HAD_IT if group in cfg} | {"runs_dir": cfg.runs_dir}
-    return loaded.load(folder, trained.newest(folder, cfg.step), chosen, weights_asked(cfg), device)
+    path = trained.newest(folder, cfg.step)
+    return loaded.load(folder, path, chosen(cfg), weights_asked(cfg), device, compile=cfg.compile)

@@ -17,7 +17,8 @@ from dit.command.compose import ConfigError, check_choices, check_least, check_r
 from dit.command.existing import check_writable
 from dit.train import saved
 from dit.train.files import steps
-from dit.train.judged import alike, evaluations
+from dit.train.judged import alike, drawn_by, evaluations
+from dit.train.previews import contents, previews
 from dit.weights.card import brief
 
 if TYPE_CHECKING:
@@ -134,10 +135,9 @@ def _told(folder: Path, most: int) -> Told:
     if not by_step:
         raise ValueError(f"run={folder.name} has no lines in {folder / 'metrics.jsonl'} yet: train it first")
     config = OmegaConf.to_container(saved.config(folder))
-    there = [(_step(path), path) for path in folder.glob("samples/step-*.png")]
-    paths = sorted((step, path) for step, path in there if step is not None)
+    paths = list(previews(folder).items())
     chosen = {round((i + 1) * len(paths) / most) - 1 for i in range(most)} if len(paths) > most else range(len(paths))
-    pictures = [(step, image) for step, path in (paths[i] for i in sorted(chosen)) if (image := _picture(path))]
+    pictures = [(step, image) for step, path in (paths[i] for i in sorted(chosen)) if (image := contents(path))]
     plot = folder / "evaluation.png"
     lines = [line for _, line in sorted(by_step.items())]
     return Told(
@@ -147,28 +147,8 @@ def _told(folder: Path, most: int) -> Told:
         dict(_flat(config)),
         pictures,
         evaluations(folder / "evaluation.jsonl"),
-        _picture(plot) if plot.exists() else None,
+        contents(plot) if plot.exists() else None,
     )
-
-
-def _step(path: Path) -> int | None:
-    """Of which step a picture is; None, with a warning, if its name does not say."""
-    number = path.stem.removeprefix("step-")
-    if number.isdecimal():
-        return int(number)
-    print(f"dit: WARNING: {path} is left out: its name does not say of which step it is", flush=True)
-    return None
-
-
-def _picture(path: Path) -> bytes | None:
-    """What is in the file of a picture; None, with a warning, if it cannot be read."""
-    try:
-        data = path.read_bytes()
-        _pixels(data)
-        return data
-    except Exception as error:  # PIL raises many kinds
-        print(f"dit: WARNING: {path} is left out: {' '.join(str(error).split())[:100]}", flush=True)
-        return None
 
 
 def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -338,7 +318,7 @@ def _evaluated(runs: Sequence[Told]) -> Iterator[str]:
     for named in (list(rows.values()) for rows in ways.values()):
         records = [record for _, record in named]
         first, names = records[0]["settings"], list(records[0]["figures"])
-        drawn = [_drawn_by(record["settings"]) for record in records]
+        drawn = [drawn_by(record["settings"]) for record in records]
         varied = [key for key, value in drawn[0].items() if any(one[key] != value for one in drawn)]
         common = [
             f"{key} {_said(value)}" for key, value in drawn[0].items() if key not in varied and value not in (None, "")
@@ -368,15 +348,6 @@ def _way(settings: Mapping[str, Any]) -> tuple[str, str]:
     told += [f"{way['num_samples']} samples", f"labels {way['labels']}", f"{way['precision']}"]
     reference = [f"{name.replace('_', ' ')} {_hashes(value)}" for name, value in way["reference"].items()]
     return json.dumps(way, sort_keys=True), "; ".join([*told, f"reference: {', '.join(reference)}"])
-
-
-def _drawn_by(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What may differ in a table, by its column."""
-    sampler, guidance = dict(settings["sampler"] or {}), dict(settings["guidance"] or {})
-    told = {"step": settings["step"], "weights": settings["weights"], "guidance": guidance.pop("scale", None)}
-    told |= {"sampler's steps": sampler.pop("num_steps", None), "sampler": brief(sampler)}
-    told |= {"grid": brief(settings["grid"]), "guided by": brief(guidance)}
-    return told | {key.replace("_", " "): settings[key] for key in ("seed", "batch_size", "device")}
 
 
 def _hashes(value: Any) -> str:

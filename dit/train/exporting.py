@@ -1,7 +1,6 @@
 """What `dit export` writes of a run."""
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,18 +10,17 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from dit.data.picture import opened
 from dit.noise.flow import Flow
 from dit.train import checkpoint, saved
 from dit.train.build import PIXELS, Parts, build
-from dit.train.judged import evaluations, is_evaluation
+from dit.train.judged import drawn_by, evaluations, is_evaluation
+from dit.train.previews import contents, previews
 from dit.weights import export, program, stock
 from dit.weights.card import USE, brief, card, sampler_name
 from dit.weights.identity import sha256
 from dit.weights.scheduler import NotStockError
 from dit.weights.scheduler import stock as stock_scheduler
 
-PREVIEW = re.compile(r"step-([0-9]+)\.png")
 COMMON = (1, 2, 4, 8)  # steps of a student that takes any number
 ASKED = {
     "label": "label=[0, 1, 2]",
@@ -89,13 +87,13 @@ class Exporting:
             use = self._program(to, batch_size)
         measured = self._measured()
         export.describe(to, {**self.about, "config": self.config, "evaluations": measured}, self.few_step)
-        if picture := self._picture():
-            shutil.copyfile(picture, to / export.GRID)
+        if grid := self._grid():
+            (to / export.GRID).write_bytes(grid)
         tables: dict[str, list[dict[str, Any]]] = {}
         for record in measured:
             judges = ", ".join(record["settings"].get("metric") or {})
             tables.setdefault(f"Evaluations by {judges}", []).append(self._row(record))
-        text = card(self.about, self._facts(), tables, use=use, licence=self.licence, grid=picture is not None)
+        text = card(self.about, self._facts(), tables, use=use, licence=self.licence, grid=grid is not None)
         (to / export.CARD).write_text(text)
 
     def _pipeline(self, to: Path) -> str:
@@ -167,17 +165,14 @@ class Exporting:
         condition: Any = build(self.had.condition)
         return [ASKED[ask] for ask in condition.asks]
 
-    def _picture(self) -> Path | None:
-        """Samples of these weights: the newest of the run that are not newer, or those of an export."""
+    def _grid(self) -> bytes | None:
+        """A picture of these weights: the newest of the run that is not newer, or that of an export."""
+        drawn = []
         if saved.exported(self.folder):
-            drawn = [self.folder / export.GRID]
+            drawn = list(self.folder.glob(export.GRID))
         elif self.about.get("weights") == saved.averages(self.had)[0]:  # with which previews are drawn
-            named = {path: PREVIEW.fullmatch(path.name) for path in self.folder.glob("samples/step-*.png")}
-            steps = {path: int(match[1]) for path, match in named.items() if match}
-            drawn = sorted((p for p in steps if steps[p] <= self.about["step"]), key=steps.__getitem__, reverse=True)
-        else:
-            drawn = []
-        return next((path for path in drawn if _is_picture(path)), None)
+            drawn = [path for step, path in previews(self.folder).items() if step <= self.about["step"]]
+        return next(filter(None, map(contents, reversed(drawn))), None)
 
     def _data(self, about: Mapping[str, Any]) -> dict[str, Any] | None:
         """What it has learned from: where that was, and the fingerprint of its shards."""
@@ -244,21 +239,15 @@ class Exporting:
     def _row(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """An evaluation as a row of the card."""
         had = record["settings"]
-        sampler = dict(had.get("sampler") or {})
-        steps = sampler.pop("num_steps", None)
-        extractors = [f"{one['name']} ({one['sha256'][:8]})" for one in (had.get("extractors") or {}).values()]
-        rounded = self.about.get("rounded_from") and had.get("sha256") not in self.about["sha256"]
+        extractors = [f"{one['name']} ({one['sha256'][:8]})" for one in had["extractors"].values()]
+        rounded = self.about.get("rounded_from") and had["sha256"] not in self.about["sha256"]
         return {
+            **drawn_by(had),
             "weights": self._weights() + (", before rounding" if rounded else ""),
-            "step": had.get("step"),
-            "sampler": brief(sampler),
-            "steps": steps,
-            "grid": brief(had.get("grid")),
-            "guidance": brief(had.get("guidance")),
-            "samples": had.get("num_samples"),
+            "samples": had["num_samples"],
             "extractor": ", ".join(dict.fromkeys(extractors)),
-            "reference": brief(had.get("reference")),
-            **{name: had.get(name) for name in ("labels", "seed", "precision")},
+            "reference": brief(had["reference"]),
+            **{name: had[name] for name in ("labels", "precision")},
             **record["figures"],
         }
 
@@ -301,16 +290,6 @@ def _example(network: nn.Module, sizes: Mapping[str, int], x: Tensor) -> dict[st
         if getattr(network, wanted, False):
             told[name] = torch.zeros(2)
     return told
-
-
-def _is_picture(path: Path) -> bool:
-    """Whether it can be read."""
-    try:
-        with opened(path.read_bytes()) as image:
-            image.load()
-        return True
-    except Exception:  # Pillow raises many kinds
-        return False
 
 
 def _short(node: Mapping[str, Any], part: int = -1) -> str:

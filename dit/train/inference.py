@@ -13,7 +13,7 @@ from torch import Tensor
 from dit.sampler.pipeline import Pipeline, to_uint8
 from dit.train import saved, trained
 from dit.train.kind import check_denoiser
-from dit.train.loaded import load, parts_at
+from dit.train.loaded import load
 
 # What kind of number each is, its least, and one that is usual.
 NUMBERS: dict[str, tuple[type, int, float]] = {
@@ -32,19 +32,22 @@ class Model:
 
     Args:
         path: its folder.
+        compile: each block of the network by torch.compile.
 
     Raises:
-        ValueError: if there is none, it is an autoencoder, or it holds a program and no weights.
+        ValueError: if there is none, it is an autoencoder, it holds a program and no weights, or it cannot be compiled.
         DamagedError: if a file of it is missing, or not what was written.
         CheckpointError: if it is a run whose checkpoints are all damaged.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, compile: bool = False):
+        if not isinstance(compile, bool):
+            raise ValueError(f"compile={compile!r}: give True or False")
         self.folder = Path(path)
         self.config = saved.config(self.folder)
         check_denoiser(self.config)
-        self._at = trained.newest(self.folder)
-        self._loaded = load(self.folder, self._at, {}, saved.exported(self.folder).get("weights", "ema"))
+        weights = saved.exported(self.folder).get("weights", "ema")
+        self._loaded = load(self.folder, trained.newest(self.folder), {}, weights, compile=compile)
 
     def to(self, device: str | torch.device) -> "Model":
         """Move it to a device."""
@@ -146,7 +149,7 @@ class Model:
             sampler.num_steps = int(num_steps)
         if guidance is not None:
             guided.scale = float(guidance)
-        return parts_at(self.folder, self._at, {"sampler": sampler, "guidance": guided})[0]
+        return self._loaded.otherwise({"sampler": sampler, "guidance": guided}).parts
 
 
 def _check_number(name: str, value: Any) -> None:

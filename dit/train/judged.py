@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit.train.files import append, replace
+from dit.weights.card import brief
 
 if TYPE_CHECKING:  # who reads them does so without torch
     from dit.train.judging import Judging
@@ -43,7 +44,8 @@ def settings(
     """All that moves the figures of an evaluation, by `dit evaluate` or while training.
 
     Args:
-        asked: with run, weights, sampler, grid, guidance, metric, num_samples, labels, seed, batch_size and precision.
+        asked: with run, weights, sampler, grid, guidance, metric, num_samples, labels, seed, batch_size and precision;
+            and compile, where that is true.
         judging: the metrics.
         step: of the weights.
         sha256: of the weights; None while training where devices have but shares of them, which are not gathered for
@@ -52,7 +54,8 @@ def settings(
     """
     varied = {name: asked[name] for name in VARIED} | {"run": str(asked["run"])}
     varied["batch_size"] = min(asked["batch_size"], asked["num_samples"])
-    return {**varied, **way(asked, judging), "step": step, "sha256": sha256, "device": device}
+    found = {**varied, **way(asked, judging), "step": step, "sha256": sha256, "device": device}
+    return found | ({"compile": True} if asked.get("compile") else {})  # which lines of before do not have
 
 
 def evaluations(path: Path) -> list[dict[str, Any]]:
@@ -73,6 +76,7 @@ def is_evaluation(record: Any) -> bool:
         bool(figures)
         and all(_is(value, int | float) for value in figures.values())
         and all(name in settings and _is(settings[name], kind) for name, kind in KINDS.items())
+        and isinstance(settings.get("compile", False), bool)
         and all(_is_node(settings[name] or {}) for name in ("sampler", "grid", "guidance"))
         and all(_is_node(node) and _is_node(node.get("figure", node)) for node in settings["metric"].values())
         and all(
@@ -113,6 +117,16 @@ def rewind(path: Path, step: int) -> None:
     ]
     if len(kept) < len(lines):
         replace(path, b"".join(kept))
+
+
+def drawn_by(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """How the samples of an evaluation were drawn, by the columns of a table; None where there is nothing to say."""
+    sampler, guidance = dict(settings["sampler"] or {}), dict(settings["guidance"] or {})
+    told = {"weights": settings["weights"], "step": settings["step"], "guidance": guidance.pop("scale", None)}
+    told |= {"steps": sampler.pop("num_steps", None), "sampler": brief(sampler)}
+    told |= {"grid": brief(settings["grid"]), "guided by": brief(guidance)}
+    told |= {key.replace("_", " "): settings[key] for key in ("seed", "batch_size", "device")}
+    return told | {"compile": settings.get("compile")}
 
 
 def run_names(records: Sequence[Mapping[str, Any]]) -> list[str]:

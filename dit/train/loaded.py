@@ -11,11 +11,14 @@ from dit.latent.latent import Latent
 from dit.train import saved, trained
 from dit.train.build import parts_of
 from dit.train.drawn import check_drawn
+from dit.train.execution import arrange
 
 
 class Loaded(NamedTuple):
     """A run or an export, ready to be sampled."""
 
+    folder: Path  # of it
+    path: Path  # of the checkpoint, or the export again
     parts: Any  # Parts, or those of an autoencoder
     denoiser: Any  # Denoiser, or what stands for it
     latent: Latent
@@ -23,9 +26,24 @@ class Loaded(NamedTuple):
     step: int  # of its weights
     scale: float  # of the guidance that is in what it draws
 
+    def otherwise(self, chosen: Mapping[str, Any]) -> "Loaded":
+        """The same weights, drawn as their run's configuration says, but for what is chosen.
+
+        Raises:
+            ValueError: as `load`.
+        """
+        parts, scale = _parts_at(self.folder, self.path, chosen)
+        return self._replace(parts=parts, scale=scale)
+
 
 def load(
-    folder: Path, path: Path, chosen: Mapping[str, Any], weights: str, device: torch.device | str = "cpu"
+    folder: Path,
+    path: Path,
+    chosen: Mapping[str, Any],
+    weights: str,
+    device: torch.device | str = "cpu",
+    *,
+    compile: bool = False,
 ) -> Loaded:
     """A checkpoint, drawn as its run's configuration says, but for what is chosen.
 
@@ -35,17 +53,24 @@ def load(
         chosen: nodes of the configuration in the place of its own.
         weights: the name of an average, or `model` for the raw weights.
         device: where to.
+        compile: each unit of the network by torch.compile, when it is first called, and anew for each size of a batch.
 
     Raises:
-        ValueError: if something does not fit together, or a student would be drawn in another way than it has learned.
+        ValueError: if something does not fit together, a student would be drawn in another way than it has learned, or
+            the network has no units to compile.
     """
-    parts, scale = parts_at(folder, path, chosen)
+    parts, scale = _parts_at(folder, path, chosen)
     denoiser = trained.load(parts, path, weights).to(device)
+    if compile:
+        try:
+            arrange(denoiser.network, compile=True)
+        except ValueError as error:
+            raise ValueError(str(error).removeprefix("trainer.")) from error  # there the key is another's
     at = trained.state_of(path).step
-    return Loaded(parts, denoiser, parts.latent().to(device), torch.device(device), at, scale)
+    return Loaded(folder, path, parts, denoiser, parts.latent().to(device), torch.device(device), at, scale)
 
 
-def parts_at(folder: Path, path: Path, chosen: Mapping[str, Any]) -> tuple[Any, float]:
+def _parts_at(folder: Path, path: Path, chosen: Mapping[str, Any]) -> tuple[Any, float]:
     """The parts of a run or an export with what is chosen, and the scale of the guidance in what they draw.
 
     Args:
