@@ -27,13 +27,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(path: "str | Path", *, compile: bool = False) -> "Model":
+def load(path: "str | Path", *, compile: bool = False, cuda_graphs: bool = False) -> "Model":
     """An export, or a run, ready to draw: `load("weights/digits").sample(label=[0, 1, 2], seed=0)`.
 
     Args:
         path: its folder.
         compile: each block of the network by torch.compile: slow at the first batch, and at each of another size, then
             faster; the same images up to rounding.
+        cuda_graphs: on a GPU, replay the network's forwards, which spares launches where batches are small. On a CPU it
+            does nothing. Not yet run.
 
     Returns:
         See `dit.train.inference.Model`.
@@ -44,4 +46,4 @@ def load(path: "str | Path", *, compile: bool = False) -> "Model":
     """
     from dit.train.inference import Model  # torch takes its time, and most of the command line needs none
 
-    return Model(path, compile=compile)
+    return Model(path, compile=compile, cuda_graphs=cuda_graphs)

@@ -138,6 +138,9 @@ def test_compiled_it_draws_the_same(runs, tmp_path, monkeypatch):
 def test_what_cannot_be_compiled(runs, monkeypatch):
     with pytest.raises(ConfigError, match="compile=max: expected true or false"):
         draw(runs, "run=plain", "compile=max")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="cuda_graphs=true needs a GPU"):
+            draw(runs, "run=plain", "cuda_graphs=true")
     with pytest.raises(ValueError, match="compile='max': give True or False"):
         dit.load(runs / "plain", compile="max")
     monkeypatch.setattr(DiT, "units", ())

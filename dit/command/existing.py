@@ -109,7 +109,8 @@ def load(cfg: DictConfig) -> "Loaded":
     """The run that a configuration names, sampled as the configuration says.
 
     Args:
-        cfg: with run, runs_dir, weights, step, accelerator, compile, and the groups that may be chosen anew.
+        cfg: with run, runs_dir, weights, step, accelerator, compile, cuda_graphs, and the groups that may be chosen
+            anew.
 
     Raises:
         ValueError: if something does not fit together, there is no checkpoint, or a student would be drawn in another
@@ -123,5 +124,7 @@ def load(cfg: DictConfig) -> "Loaded":
     device = torch.device("cuda" if cfg.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     if cfg.accelerator == "gpu" and device.type == "cpu":
         raise ValueError("accelerator=gpu, but torch sees none: choose accelerator=cpu")
-    path = trained.newest(folder, cfg.step)
-    return loaded.load(folder, path, chosen(cfg), weights_asked(cfg), device, compile=cfg.compile)
+    if cfg.cuda_graphs and device.type == "cpu":
+        raise ValueError("cuda_graphs=true needs a GPU, and it is drawn on the CPU: leave it out")
+    path, execution = trained.newest(folder, cfg.step), {key: cfg[key] for key in ("compile", "cuda_graphs")}
+    return loaded.load(folder, path, chosen(cfg), weights_asked(cfg), device, **execution)

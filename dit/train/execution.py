@@ -23,7 +23,7 @@ def arrange(
     checkpointing: str = "none",
     compile: bool = False,
     channels_last: bool = False,
-    graphs: bool = False,
+    cuda_graphs: bool = False,
 ) -> None:
     """Set in place how a network is executed; what it computes stays the same.
 
@@ -34,7 +34,7 @@ def arrange(
             too, and computes the rest again.
         compile: each unit by torch.compile.
         channels_last: store images with channels last, as convolutions of GPUs want them.
-        graphs: on a GPU, without gradients, forwards are replayed as CUDA graphs.
+        cuda_graphs: on a GPU, without gradients, forwards are replayed as CUDA graphs.
 
     Raises:
         ValueError: if there is no such choice, or the network has no units.
@@ -61,7 +61,7 @@ def arrange(
             from dit.train.products import options  # which takes seconds to import
 
             module.compile(dynamic=False, options=options())
-    if graphs:
+    if cuda_graphs:
         network.forward = Graphed(network.forward)
     if compile:  # units of one class share their code, and each shape of theirs counts
         torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)

@@ -33,6 +33,7 @@ class Model:
     Args:
         path: its folder.
         compile: each block of the network by torch.compile.
+        cuda_graphs: on a GPU, replay its forwards.
 
     Raises:
         ValueError: if there is none, it is an autoencoder, it holds a program and no weights, or it cannot be compiled.
@@ -40,14 +41,16 @@ class Model:
         CheckpointError: if it is a run whose checkpoints are all damaged.
     """
 
-    def __init__(self, path: str | Path, *, compile: bool = False):
-        if not isinstance(compile, bool):
-            raise ValueError(f"compile={compile!r}: give True or False")
+    def __init__(self, path: str | Path, *, compile: bool = False, cuda_graphs: bool = False):
+        execution = {"compile": compile, "cuda_graphs": cuda_graphs}
+        for name, value in execution.items():
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}={value!r}: give True or False")
         self.folder = Path(path)
         self.config = saved.config(self.folder)
         check_denoiser(self.config)
         weights = saved.exported(self.folder).get("weights", "ema")
-        self._loaded = load(self.folder, trained.newest(self.folder), {}, weights, compile=compile)
+        self._loaded = load(self.folder, trained.newest(self.folder), {}, weights, **execution)
 
     def to(self, device: str | torch.device) -> "Model":
         """Move it to a device."""

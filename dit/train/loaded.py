@@ -44,6 +44,7 @@ def load(
     device: torch.device | str = "cpu",
     *,
     compile: bool = False,
+    cuda_graphs: bool = False,
 ) -> Loaded:
     """A checkpoint, drawn as its run's configuration says, but for what is chosen.
 
@@ -54,6 +55,7 @@ def load(
         weights: the name of an average, or `model` for the raw weights.
         device: where to.
         compile: each unit of the network by torch.compile, when it is first called, and anew for each size of a batch.
+        cuda_graphs: on a GPU forwards are replayed, captured anew for each size of a batch.
 
     Raises:
         ValueError: if something does not fit together, a student would be drawn in another way than it has learned, or
@@ -61,11 +63,10 @@ def load(
     """
     parts, scale = _parts_at(folder, path, chosen)
     denoiser = trained.load(parts, path, weights).to(device)
-    if compile:
-        try:
-            arrange(denoiser.network, compile=True)
-        except ValueError as error:
-            raise ValueError(str(error).removeprefix("trainer.")) from error  # there the key is another's
+    try:
+        arrange(denoiser.network, compile=compile, cuda_graphs=cuda_graphs)
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("trainer.")) from error  # there the key is another's
     at = trained.state_of(path).step
     return Loaded(folder, path, parts, denoiser, parts.latent().to(device), torch.device(device), at, scale)
 
