@@ -2,8 +2,8 @@
 
 Each sub-command prints the machine, a table in Markdown, and last one line of JSON: the machine, what was asked, and
 the raw figures. tools/benchmarks/ keeps them with their command. --against measures what other libraries have for the
-same, too, in turns: A B C, A B C, ...; ratios are medians of these turns, with the least and the most. On a GPU if torch
-sees one, else by the process's CPU time.
+same, too, in turns: A B C, A B C, ...; ratios are medians of these turns, with the least and the most. On a GPU if
+torch sees one, else by the process's CPU time.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     for run, (what, arguments) in COMMANDS.items():
-        told = {"help": what, "description": sys.modules[run.__module__].__doc__}
+        told: Any = {"help": what, "description": sys.modules[run.__module__].__doc__}
         command = commands.add_parser(run.__name__, **told, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         command.set_defaults(run=run)
         for name, settings in (arguments | {"--threads": number(1, "of torch in this process")}).items():
@@ -104,13 +104,7 @@ COMMANDS: dict[Command, tuple[str, dict[str, dict[str, Any]]]] = {
             "overrides": words(OF_A_RECIPE),
             "--against": against(*PEERS),
             "--batch-size": number(4, "images of a step"),
-            "--memory": {
-                "nargs": "+",
-                "type": int,
-                "default": [],
-                "metavar": "N",
-                "help": "the peak for N images, too",
-            },
+            "--memory": number(1, "peaks for so many images, too") | {"nargs": "+", "default": [], "metavar": "N"},
             **COMPILE,
             "--steps": number(10, "in each repeat"),
             **REPEATS,

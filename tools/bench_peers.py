@@ -54,11 +54,12 @@ class PublishedBlock(nn.Module):
         from timm.layers import Attention, Mlp
 
         super().__init__()
+        gelu: Any = partial(nn.GELU, approximate="tanh")
         width = ours.attn.proj.in_features
         self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.attn = Attention(width, ours.attn.num_heads, qkv_bias=True)
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.mlp = Mlp(width, ours.mlp.fc1.out_features, act_layer=partial(nn.GELU, approximate="tanh"))
+        self.mlp = Mlp(width, ours.mlp.fc1.out_features, act_layer=gelu)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, c: Tensor, *_: None) -> Tensor:

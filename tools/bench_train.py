@@ -16,6 +16,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,20 +124,20 @@ class Trained:
 
 
 class Ours(Trained):
-    """Our network as a recipe trains it."""
+    """Our network as a recipe trains it, in the precision of the device."""
 
     peer = False
 
-    def __init__(self, name: str, parts: Parts, network: Any, *given: Any, compile: bool = False):
+    def __init__(self, name: str, parts: Parts, network: Any, *, compile: bool = False, **given: Any):
         arrange(network, checkpointing=parts.cfg.trainer.activation_checkpointing, compile=compile)
-        super().__init__(name, network.to(DEVICE), build(parts.cfg.optimizer), _average(parts), *given)
+        super().__init__(name, network.to(DEVICE), build(parts.cfg.optimizer), _average(parts), **given)
 
 
 def train(options: argparse.Namespace) -> dict[str, Any]:
     """Measure a step of our network and of the peers', one after the other, and again."""
     batch, precision = options.batch_size, "bf16-mixed" if GPU else "32-true"
     words = [*options.overrides, f"trainer.precision={precision}"]
-    latent = compose("doctor", words).latent
+    latent = Parts(compose("doctor", words)).cfg.latent  # what does not fit fails before anything is written
     if latent.get("stride") is None:
         raise ValueError(f"{latent._target_}: latents are what is trained on here, take latent=sd_vae")
     with tempfile.TemporaryDirectory() as folder:
@@ -148,8 +149,13 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         peaks = _peaks(parts, options.memory)
         data = build(parts.cfg.data)
         data.check(batch)
-        with closing(data.batches(batch, 0)) as batches:
-            figures = _compared(options, parts, batches)
+        try:
+            with closing(data.batches(batch, 0)) as batches:
+                figures = _compared(options, parts, batches)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"--batch-size {batch} does not fit beside the weights of all rows: take fewer images, or less --against"
+            ) from error
     return figures | {"memory": peaks}
 
 
@@ -166,15 +172,16 @@ def _compared(options: argparse.Namespace, parts: Parts, batches: Iterator[dict[
     read = map(inputs, batches)
     fixed = next(read)
     target = torch.randn(len(time), initial.out_channels, *fixed[0].shape[2:], device=DEVICE)
-    given, again = (read, target), (itertools.repeat(fixed), target)
-    ways: list[Callable[[], Trained]] = [lambda: Ours("ours, eager", parts, copy.deepcopy(initial), *given)]
+    given: Any = {"inputs": read, "target": target}
+    again: Any = {"inputs": itertools.repeat(fixed), "target": target}
+    ways: list[Callable[[], Trained]] = [lambda: Ours("ours, eager", parts, copy.deepcopy(initial), **given)]
     if options.compile:
-        ways.append(lambda: Ours("ours, compiled", parts, copy.deepcopy(initial), *given, compile=True))
+        ways.append(lambda: Ours("ours, compiled", parts, copy.deepcopy(initial), **given, compile=True))
     if "published" in options.against:
-        ways.append(lambda: _published(initial, *again))
+        ways.append(lambda: _published(initial, **again))
     if "diffusers" in options.against:
-        ways.append(lambda: _diffusers("diffusers, eager", initial, AdamW, *again))
-        ways.append(lambda: _diffusers("diffusers, eager, fused AdamW", initial, _fused, *again))
+        ways.append(lambda: _diffusers("diffusers, eager", initial, AdamW, **again))
+        ways.append(lambda: _diffusers("diffusers, eager, fused AdamW", initial, _fused, **again))
     rows, answers = list[Trained](), list[Tensor]()
     for way in ways:
         before = _allocated()
@@ -202,16 +209,16 @@ def _average(parts: Parts) -> Callable[[nn.Module], Callable[[], None]]:
     return make
 
 
-def _diffusers(name: str, initial: Any, optimizer: Callable[..., torch.optim.Optimizer], *given: Any) -> Trained:
+def _diffusers(name: str, initial: Any, optimizer: Callable[..., torch.optim.Optimizer], **given: Any) -> Trained:
     def call(network: Any, x: Tensor, time: Tensor, label: Tensor) -> Tensor:
         return network(x, timestep=time, class_labels=label, return_dict=False)[0]
 
-    return Trained(name, diffusers_network(initial).to(DEVICE), optimizer, diffusers_average, *given, call=call)
+    return Trained(name, diffusers_network(initial).to(DEVICE), optimizer, diffusers_average, **given, call=call)
 
 
-def _published(initial: Any, *given: Any) -> Trained:
+def _published(initial: Any, **given: Any) -> Trained:
     network = published_network(initial).to(DEVICE)
-    return Trained("published recipe", network, _published_optimizer, published_average, *given, within=tf32)
+    return Trained("published recipe", network, _published_optimizer, published_average, **given, within=tf32)
 
 
 def _published_optimizer(parameters: list[nn.Parameter]) -> AdamW:
@@ -248,7 +255,7 @@ def _matmul_rate(products: Counter[tuple[int, int, int]]) -> float:
         c = torch.empty(rows, out, device=DEVICE, dtype=dtype)
         torch.mm(a, b.t(), out=c)
         flops += 2 * rows * width * out * number
-        seconds += number * measured(lambda a=a, b=b, c=c: torch.mm(a, b.t(), out=c), 100 if GPU else 10)
+        seconds += number * measured(partial(torch.mm, a, b.t(), out=c), 100 if GPU else 10)
     return flops / seconds
 
 
@@ -303,7 +310,7 @@ def _peak(parts: Parts, batch: int) -> int | None:
             inputs = x, *torch.zeros(2, batch, dtype=torch.long, device=DEVICE)
             network = trained(parts.denoiser("meta").network.to_empty(device=DEVICE))
             target = torch.zeros(batch, network.out_channels, *x.shape[2:], device=DEVICE)
-            Ours("", parts, network, itertools.repeat(inputs), target).run(2)
+            Ours("", parts, network, inputs=itertools.repeat(inputs), target=target).run(2)
         except torch.OutOfMemoryError:
             return None
     return torch.cuda.max_memory_allocated() - before if alive is None else alive.most
