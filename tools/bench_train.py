@@ -154,7 +154,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
                 figures = _compared(options, parts, batches)
         except torch.OutOfMemoryError as error:
             raise ValueError(
-                f"--batch-size {batch} does not fit beside the weights of all rows: take fewer images, or less --against"
+                f"--batch-size {batch} does not fit beside the weights of all rows: take a smaller one, or no --against"
             ) from error
     return figures | {"memory": peaks}
 
