@@ -272,7 +272,7 @@ def _print(rows: list[Trained], rate: float, flops: int, batch: int) -> None:
         step = statistics.median(row.steps)
         cells = [row.name, spread([1000 * seconds for seconds in row.steps], ".1f")]
         cells += [f"{1000 * statistics.median(row.seconds[part]):.1f}" for part in PARTS]
-        cells += [f"{batch / step:,.3g}", ratio(row.steps, base.steps, ".3f"), f"{flops / step / rate:.1%}"]
+        cells += [f"{batch / step:,.2f}", ratio(row.steps, base.steps, ".3f"), f"{flops / step / rate:.1%}"]
         cells += [f"{flops / step / sheet:.1%}" if sheet else "-", f"{row.peak_bytes / GIB:.2f}" if GPU else "-"]
         print("| " + " | ".join(cells) + " |")
     for peer in peers[::-1]:
@@ -289,10 +289,8 @@ def _peaks(parts: Parts, sizes: Sequence[int]) -> list[dict[str, Any]]:
         cfg = copy.deepcopy(parts.cfg)
         cfg.trainer.activation_checkpointing = checkpointing
         predicted, peak = memory(recipe := Parts(cfg), batch).total, _peak(recipe, batch)
-        told = (
-            f"{peak / GIB:.2f} | {predicted / GIB:.2f} | {predicted / peak - 1:+.1%}" if peak else "does not fit | | "
-        )
-        print(f"| {batch} | {checkpointing} | {told} |", flush=True)
+        found, off = (f"{peak / GIB:.2f}", f"{predicted / peak - 1:+.1%}") if peak else ("does not fit", "")
+        print(f"| {batch} | {checkpointing} | {found} | {predicted / GIB:.2f} | {off} |", flush=True)
         rows.append({"images": batch, "checkpointing": checkpointing, "peak": peak, "predicted": predicted})
     print(end="\n" if rows else "")
     return rows
