@@ -1,15 +1,16 @@
 """`python tools/bench.py checkpoint`: for how long a save holds training up, written beside it and not."""
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from bench_machine import spread
 from torch import Tensor, nn
 
 from dit.command.compose import compose
@@ -19,7 +20,7 @@ from dit.train.checkpoint import Saver
 MODEL = ["model=dit_b_2", "model.hidden_size=960"]  # 200 million parameters
 
 
-def checkpoint(options: argparse.Namespace) -> None:
+def checkpoint(options: argparse.Namespace) -> dict[str, Any]:
     """Save the weights of a DiT, their average and the state of AdamW, now at once, now beside steps, in turns.
 
     What is beside the steps holds them up by the call, which copies; then by what they wait for locks, the
@@ -84,9 +85,8 @@ def checkpoint(options: argparse.Namespace) -> None:
     for key, name in rows.items():
         seconds_of = waits[key]
         ratios = [a / b for a, b in zip(seconds_of[1:], waits["synchronous"][1:], strict=True)]
-        print(f"| {name} | {_spread(seconds_of[1:], '.2f')} | {_spread(ratios, '.1%')} | {seconds_of[0]:.2f} |")
-    asked = {name: value for name, value in vars(options).items() if name != "run"}
-    print("\n" + json.dumps({"asked": asked, "bytes": size, "seconds": waits, "step": alone, "written": written}))
+        print(f"| {name} | {spread(seconds_of[1:], '.2f')} | {spread(ratios, '.1%')} | {seconds_of[0]:.2f} |")
+    return {"bytes": size, "seconds": waits, "step": alone, "written": written}
 
 
 def _step() -> Callable[[], None]:
@@ -115,7 +115,3 @@ def _on_core() -> float:
     """The seconds for which this thread has run, or waited for a core to run on (Linux)."""
     ran, waited, _ = Path("/proc/thread-self/schedstat").read_text().split()
     return (int(ran) + int(waited)) / 1e9
-
-
-def _spread(values: list[float], form: str) -> str:
-    return f"{statistics.median(values):{form}} ({min(values):{form}} - {max(values):{form}})"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_machine import GPU, machine
+from bench_machine import GPU
 
 from dit.command.compose import compose
 
@@ -26,12 +26,15 @@ MIXED = {"optimizer.fused": "true", "trainer.compile": "true", "trainer.precisio
 ON_GPU: dict[str, tuple[dict[str, str], float]] = {"fused, compiled, bf16": (MIXED, 0.01)}
 
 
-def curves(options: argparse.Namespace) -> None:
-    """Train once each way, and print how far the losses are from those before; exit code 1 if one is too far."""
+def curves(options: argparse.Namespace) -> dict[str, Any]:
+    """Train once each way, and print how far the losses are from those before.
+
+    Raises:
+        ValueError: if one is too far.
+    """
     ways = {**WAYS, **(ON_GPU if GPU else {})}
     losses = {BEFORE: _losses(options, PLAIN)}
     losses |= {name: _losses(options, {**PLAIN, **changed}) for name, (changed, _) in ways.items()}
-    print(f"{options.steps} steps of {' '.join(options.overrides)}, the same seed\n")
     print("| | mean loss, last fifth | from before | allowed | largest of a step |\n|---|---|---|---|---|")
     last = slice(-max(1, options.steps // 5), None)
     before, far = losses[BEFORE], []
@@ -41,11 +44,9 @@ def curves(options: argparse.Namespace) -> None:
         allowed = ways[name][1] if name in ways else 0.0
         print(f"| {name} | {found[last].mean():.5f} | {mean:+.2e} | {allowed:g} | {step:.1e} |")
         far += [name] if not abs(mean) <= allowed else []
-    asked = {key: value for key, value in vars(options).items() if key != "run"}
-    found = {name: [float(f"{loss:.6g}") for loss in values] for name, values in losses.items()}
-    print("\n" + json.dumps({"machine": machine(mixed=False), "asked": asked, "losses": found}))
     if far:
-        raise SystemExit(f"curves: too far from before: {'; '.join(far)}")
+        raise ValueError(f"too far from before: {'; '.join(far)}")
+    return {"losses": {name: found.tolist() for name, found in losses.items()}}
 
 
 def _losses(options: argparse.Namespace, changed: dict[str, str]) -> Any:

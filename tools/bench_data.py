@@ -10,9 +10,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from bench_machine import ratio
 from PIL import Image
 
 from dit.data import index
@@ -26,9 +28,8 @@ WANTED = {"image": ("jpg",), "label": ("cls",)}
 LANES, BATCH = 8, 256
 
 
-def data(options: argparse.Namespace) -> None:
+def data(options: argparse.Namespace) -> dict[str, Any]:
     """Measure and print; everything is in the page cache, and one process reads."""
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         _pack(path / "shards", options.samples, options.samples // 16)
@@ -36,12 +37,12 @@ def data(options: argparse.Namespace) -> None:
         print(
             f"{options.samples:,} samples of {size / 1000:.1f} kB in 16 shards, one process, {options.repeats} repeats"
         )
-        print("\n| | ours, samples/s | webdataset's reader | ratio (least - most) |\n|---|---|---|---|")
+        print("\n| | reader | samples/s | ours over it (least - most) |\n|---|---|---|---|")
         results = {}
         for name, work in {"files alone": None, "decoded and cropped to 256 px": _decoded}.items():
             results[name] = _compared(name, path / "shards", work, options)
         resumed = _resumed(path, options)
-    print("\n" + json.dumps({"asked": {k: v for k, v in vars(options).items() if k != "run"}, **results, **resumed}))
+    return {"rates": results, "seconds": resumed}
 
 
 def _pack(folder: Path, number: int, samples_per_shard: int) -> None:
@@ -82,21 +83,20 @@ def _theirs(folder: Path) -> Iterator[dict[str, bytes]]:
 def _compared(
     name: str, folder: Path, work: Callable[[dict[str, bytes]], object] | None, options: argparse.Namespace
 ) -> dict[str, list[float]]:
-    """Samples a second of both, one after the other, and again."""
+    """Samples a second of each reader, one after the other, and again."""
     number = options.samples if work is None else options.samples // 8
-    rates: dict[str, list[float]] = {"ours": [], "webdataset": []}
+    readers = {"ours": _ours} | ({"webdataset": _theirs} if options.against else {})
+    rates: dict[str, list[float]] = {reader: [] for reader in readers}
     for repeat in range(options.repeats + 1):
-        for reader, samples in (("ours", _ours(folder)), ("webdataset", _theirs(folder))):
+        for reader, samples in readers.items():
             began = time.process_time()
-            for sample in itertools.islice(samples, number):
+            for sample in itertools.islice(samples(folder), number):
                 if work is not None:
                     work(sample)
             if repeat:  # the first warms the page cache
                 rates[reader].append(number / (time.process_time() - began))
-    ratios = [a / b for a, b in zip(*rates.values(), strict=True)]
-    ours, theirs = (statistics.median(values) for values in rates.values())
-    spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})"
-    print(f"| {name} | {ours:,.0f} | {theirs:,.0f} | {spread} |", flush=True)
+    for reader, found in rates.items():
+        print(f"| {name} | {reader} | {statistics.median(found):,.0f} | {ratio(rates['ours'], found)} |", flush=True)
     return rates
 
 

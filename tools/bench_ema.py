@@ -1,29 +1,30 @@
-"""`python tools/bench.py ema`: what averaging the weights adds to a training step, by foreach and tensor by tensor."""
+"""`python tools/bench.py ema`: what averaging the weights adds to a training step."""
 
 import argparse
-import json
 import statistics
-import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from bench_machine import DEVICE, autocast, measured, ratio
+from bench_peers import diffusers_average, published_average
 from torch import nn
 
 from dit.command.compose import compose
 from dit.train.build import Parts, build
 from dit.weights.ema import EMA, power
 
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
-NAIVE = "tensor by tensor"
 
-
-def ema(options: argparse.Namespace) -> None:
+def ema(options: argparse.Namespace) -> dict[str, Any]:
     """Measure and print; a step and each way to average take turns."""
     network, step = stepping(options)
     number = sum(p.numel() for p in network.parameters())
     print(f"{number / 1e6:.1f} M parameters in {len(list(network.parameters()))} tensors, {options.batch_size} images")
-    ways = {"ours, one average": _ours(network, 1), "ours, two": _ours(network, 2), NAIVE: _naive(network)}
+    ways = {"ours, one average": _ours(network, 1), "ours, two": _ours(network, 2)}
+    if "published" in options.against:
+        ways["published recipe, tensor by tensor"] = published_average(network)
+    if "diffusers" in options.against:
+        ways["diffusers' EMAModel"] = diffusers_average(network)
     for work in (step, *ways.values()):  # warm
         work()
     seconds: dict[str, list[float]] = {name: [] for name in ("step", *ways)}
@@ -31,13 +32,14 @@ def ema(options: argparse.Namespace) -> None:
         seconds["step"].append(measured(step, options.steps))
         for name, work in ways.items():
             seconds[name].append(measured(work, 5 * options.steps))
-    print(f"a step: {1000 * statistics.median(seconds['step']):.1f} ms, float32" + (", bf16 autocast" if GPU else ""))
-    print(f"\n| | ms | share of a step (least - most) | over {NAIVE} |\n|---|---|---|---|")
+    print(f"a step: {1000 * statistics.median(seconds['step']):.1f} ms")
+    base = list(ways)[2 if options.against else 0]
+    print(f"\n| | ms | share of a step (least - most) | over {base} |\n|---|---|---|---|")
     for name in ways:
         share = ratio([100 * x for x in seconds[name]], seconds["step"])
         print(f"| {name} | {1000 * statistics.median(seconds[name]):.1f} | {share} % | ", end="")
-        print(f"{ratio(seconds[name], seconds[NAIVE])} |")
-    print("\n" + json.dumps({"asked": {k: v for k, v in vars(options).items() if k != "run"}, **seconds}))
+        print(f"{ratio(seconds[name], seconds[base])} |")
+    return {"seconds": seconds}
 
 
 def stepping(options: argparse.Namespace) -> tuple[nn.Module, Callable[[], None]]:
@@ -52,7 +54,7 @@ def stepping(options: argparse.Namespace) -> tuple[nn.Module, Callable[[], None]
     )
 
     def step() -> None:
-        with torch.autocast("cuda", torch.bfloat16, enabled=GPU):
+        with autocast():
             loss = network(x, t, label).float().square().mean()
         loss.backward()
         optimizer.step()
@@ -61,35 +63,6 @@ def stepping(options: argparse.Namespace) -> tuple[nn.Module, Callable[[], None]
     return network, step
 
 
-def ratio(a: list[float], b: list[float]) -> str:
-    """Of repeats that took turns: the median, and its spread."""
-    ratios = [x / y for x, y in zip(a, b, strict=True)]
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})"
-
-
 def _ours(network: nn.Module, number: int) -> Callable[[], None]:
     average = EMA(dict(network.named_parameters()), {f"ema_{i}": power(0.1) for i in range(number)})
     return lambda: average.update(1000)
-
-
-def _naive(network: nn.Module) -> Callable[[], None]:
-    """As training scripts have it."""
-    averages = {name: p.detach().clone() for name, p in network.named_parameters()}
-
-    @torch.no_grad()
-    def update() -> None:
-        for name, p in network.named_parameters():
-            averages[name].mul_(0.999).add_(p.data, alpha=1 - 0.999)
-
-    return update
-
-
-def measured(work: Callable[[], None], times: int) -> float:
-    """Seconds of one: of the process's CPU time, or of the GPU."""
-    clock = time.perf_counter if GPU else time.process_time
-    began = clock()
-    for _ in range(times):
-        work()
-    if GPU:
-        torch.cuda.synchronize()
-    return (clock() - began) / times

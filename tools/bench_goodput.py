@@ -10,11 +10,15 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from dit.train import attempts
+from dit.train.goodput import skipped_steps, split
 
 FAULTS = (signal.SIGKILL, signal.SIGTERM)  # in turn: a machine lost, a preemption
 
 
-def goodput(options: argparse.Namespace) -> None:
+def goodput(options: argparse.Namespace) -> dict[str, Any]:
     """Train the digits for so many minutes with faults at even times, starting again at once, and print the report."""
     with tempfile.TemporaryDirectory() as folder:
         recipe = [
@@ -32,12 +36,14 @@ def goodput(options: argparse.Namespace) -> None:
         for i in range(options.faults):
             until = began + 60 * options.minutes * (i + 1) / (options.faults + 1)
             ended.append(_trained([*recipe, f"trainer.max_steps={steps}"], until, FAULTS[i % len(FAULTS)]))
-        last = [json.loads(line) for line in (Path(folder) / "goodput/metrics.jsonl").read_text().splitlines()][-1]
+        run = Path(folder) / "goodput"
+        last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
         left = began + 60 * options.minutes - time.time()
         steps = last["step"] + round(left * last["images_per_second"] * last["step"] / last["images"])
         ended.append(_trained([*recipe, f"trainer.max_steps={steps}"]))
         print(f"{(time.time() - began) / 60:.1f} minutes; the starts ended with {ended}\n", flush=True)
         subprocess.run([*_dit("doctor"), "run=goodput", f"runs_dir={folder}"], check=True)
+        return {"ended": ended, "seconds": split(attempts.read(run), skipped_steps(run))}
 
 
 def _dit(verb: str) -> list[str]:

@@ -1,16 +1,17 @@
 """`python tools/bench.py guard`: what watching over the gradients adds to a training step."""
 
 import argparse
-import json
 import statistics
+from typing import Any
 
 import torch
-from bench_ema import DEVICE, measured, ratio, stepping
+from bench_ema import stepping
+from bench_machine import DEVICE, measured, ratio
 
 from dit.train.guard import Guard
 
 
-def guard(options: argparse.Namespace) -> None:
+def guard(options: argparse.Namespace) -> dict[str, Any]:
     """Measure and print; steps and the guard's part of them take turns.
 
     The norm of the gradient is no part of it: it is taken for metrics.jsonl in any case.
@@ -37,4 +38,4 @@ def guard(options: argparse.Namespace) -> None:
     print(f"a step: {1000 * statistics.median(seconds['step']):.1f} ms, {options.batch_size} images")
     share = ratio([100 * x for x in seconds["guard"]], seconds["step"])
     print(f"the guard: {1000 * statistics.median(seconds['guard']):.3f} ms, {share} % of a step (least - most)")
-    print("\n" + json.dumps({"asked": {k: v for k, v in vars(options).items() if k != "run"}, **seconds}))
+    return {"seconds": seconds}

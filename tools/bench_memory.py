@@ -6,7 +6,6 @@ backward. The memory of the process is not looked at, since allocators and libra
 
 import argparse
 import gc
-import json
 import multiprocessing
 import os
 import tempfile
@@ -36,7 +35,7 @@ MOST = 0.30  # of the single process's, on 4 ranks
 TOLERANCE = 0.10  # of the prediction
 
 
-def memory(options: argparse.Namespace) -> None:
+def memory(options: argparse.Namespace) -> dict[str, Any]:
     """Measure one process and several; print both beside the prediction."""
     overrides = [*options.overrides, "trainer.precision=32-true"]
     began = time.perf_counter()
@@ -59,8 +58,8 @@ def memory(options: argparse.Namespace) -> None:
     share = sum(most[part] for part in STATES) / sum(single[part] for part in STATES)
     off = max(abs(plan[part] / most[part] - 1) for part in single)
     print(f"\n{', '.join(STATES)} together: {share:.4f} of the single process's (at most {MOST} on 4)")
-    print(f"the prediction is off by at most {off:.2%} (at most {TOLERANCE:.0%})\n")
-    print(json.dumps({"single": single, "ranks": ranks, "predicted": plan, "share": share, "off": off}))
+    print(f"the prediction is off by at most {off:.2%} (at most {TOLERANCE:.0%})")
+    return {"single": single, "ranks": ranks, "predicted": plan, "share": share, "off": off}
 
 
 def measured(overrides: list[str], world: int, batch_size: int) -> list[dict[str, int]]:

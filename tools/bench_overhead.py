@@ -2,7 +2,6 @@
 
 import argparse
 import io
-import json
 import statistics
 import tempfile
 import time
@@ -15,7 +14,6 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-import torch
 from PIL import Image
 
 from dit.command.compose import compose
@@ -53,7 +51,7 @@ class Sections:
         setattr(owner, name, counted)
 
 
-def overhead(options: argparse.Namespace) -> None:
+def overhead(options: argparse.Namespace) -> dict[str, Any]:
     """Train on images of 32 x 32 pixels, which are as many tokens as latents of 256, and print where time went."""
     from lightning.pytorch import Callback
 
@@ -92,7 +90,8 @@ def overhead(options: argparse.Namespace) -> None:
         with _also(Steps()), redirect_stdout(io.StringIO()):
             Run(cfg).fit()
     parts = [{k: b.get(k, 0.0) - a.get(k, 0.0) for k in b} for a, b in pairwise(steps)]
-    _report(options, parts[options.warm :])
+    _print(options, parts[options.warm :])
+    return {"steps": parts[options.warm :]}
 
 
 def _recipe(folder: Path, options: argparse.Namespace) -> list[str]:
@@ -116,20 +115,18 @@ def _recipe(folder: Path, options: argparse.Namespace) -> list[str]:
     ]
 
 
-def _report(options: argparse.Namespace, steps: list[dict[str, float]]) -> None:
+def _print(options: argparse.Namespace, steps: list[dict[str, float]]) -> None:
     names = sorted({name for step in steps for name in step})
     medians = {name: statistics.median(step.get(name, 0.0) for step in steps) for name in names}
     whole = [sum(step.values()) for step in steps]
     beside = [1 - sum(step.get(name, 0.0) for name in MODEL) / sum(step.values()) for step in steps]
     what = " ".join(["DiT-B/2", *options.overrides])
-    print(f"{what}, {options.batch_size} images a step, float32, {options.threads} threads, torch {torch.__version__}")
+    print(f"{what}, {options.batch_size} images a step")
     print("\n| | ms | of a step |\n|---|---|---|")
     for name, seconds in sorted(medians.items(), key=lambda item: -item[1]):
         print(f"| {name} | {1000 * seconds:.1f} | {seconds / statistics.median(whole):.2%} |")
     print(f"| a step | {1000 * statistics.median(whole):.1f} | |")
     print(f"\nbeside the model: {statistics.median(beside):.2%} ({min(beside):.2%} - {max(beside):.2%}) of a step")
-    asked = {name: value for name, value in vars(options).items() if name != "run"}
-    print("\n" + json.dumps({"asked": asked, "steps": steps}))
 
 
 @contextmanager

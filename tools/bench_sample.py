@@ -1,10 +1,12 @@
-"""`python tools/bench.py sample`: images a second from labels to pixels, beside `DiTPipeline` with the same weights."""
+"""`python tools/bench.py sample`: images a second from labels to pixels, beside diffusers' `DiTPipeline`.
+
+Both have the same weights and draw the same images from the same noise, which is checked.
+"""
 
 import argparse
 import contextlib
 import copy
 import io
-import json
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -12,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_ema import DEVICE, measured, ratio
-from torch import Tensor, nn
+from bench_fixtures import trained, vae
+from bench_machine import DEVICE, measured, ratio
+from torch import Tensor
 
 from dit.command.compose import compose
 from dit.train.build import Parts
@@ -24,23 +27,22 @@ PEER = "DiTPipeline"
 AGREE = 3  # levels of 255, by which some pixels may differ
 
 
-def sample(options: argparse.Namespace) -> None:
+def sample(options: argparse.Namespace) -> dict[str, Any]:
     """Measure and print; each way draws the same images from the same noise, in turn."""
     with tempfile.TemporaryDirectory() as folder:
         vae(Path(folder) / "vae")
         cfg = compose("train", _words(options, f"{folder}/vae"))
-        parts, weights = Parts(cfg), _weights(cfg)
-        pipeline = _peer(cfg, weights, Path(folder) / "stock")
+        parts = Parts(cfg)
+        weights = dict(trained(parts.denoiser().network).state_dict())
         interval = Parts(compose("train", [*_words(options, f"{folder}/vae"), f"guidance.interval={options.interval}"]))
         noise = torch.randn(options.images, *parts.latent().shape, generator=torch.Generator().manual_seed(0))
         labels = torch.arange(options.images) % 1000
 
-        def theirs() -> Any:
-            generator = torch.Generator().manual_seed(0)
+        ways: dict[str, Callable[[], Any]] = {}
+        if options.against:
+            pipeline = _peer(cfg, weights, Path(folder) / "stock")
             asked = {"guidance_scale": options.scale, "num_inference_steps": options.steps, "output_type": "np"}
-            return pipeline(labels.tolist(), generator=generator, **asked).images
-
-        ways: dict[str, Callable[[], Any]] = {PEER: theirs}
+            ways[PEER] = lambda: pipeline(labels.tolist(), generator=torch.Generator().manual_seed(0), **asked).images
         ways["ours, eager"] = _ours(parts, weights, noise, labels, compile=False)
         if options.compile:
             ways["ours, compiled"] = _ours(parts, weights, noise, labels, compile=True)
@@ -49,17 +51,18 @@ def sample(options: argparse.Namespace) -> None:
             interval, weights, noise, labels, compile=compile
         )
         drawn = {name: work() for name, work in ways.items()}  # warm
-        _check_same(*(drawn[name] for name in list(ways)[:2]))
+        if options.against:
+            _check_same(drawn[PEER], drawn["ours, eager"])
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(options.repeats):
             for name, work in ways.items():
                 seconds[name].append(measured(work, 1))
-    print(f"{options.images} images in {options.steps} steps, guidance {options.scale:g}; torch {torch.__version__}")
-    print(f"\n| | images a second | time over that of {PEER} (least - most) |\n|---|---|---|")
+    print(f"{options.images} images in {options.steps} steps, guidance {options.scale:g}")
+    base = next(iter(ways))
+    print(f"\n| | images a second | time over that of {base} (least - most) |\n|---|---|---|")
     for name, found in seconds.items():
-        print(f"| {name} | {options.images / statistics.median(found):.3f} | {ratio(found, seconds[PEER])} |")
-    asked = {key: value for key, value in vars(options).items() if key != "run"}
-    print("\n" + json.dumps({"asked": asked, "seconds": seconds}))
+        print(f"| {name} | {options.images / statistics.median(found):.3f} | {ratio(found, seconds[base])} |")
+    return {"seconds": seconds}
 
 
 def _words(options: argparse.Namespace, vae: str) -> list[str]:
@@ -68,26 +71,6 @@ def _words(options: argparse.Namespace, vae: str) -> list[str]:
     told = ["model.closed_frequencies=true", "model.learn_sigma=false", "objective.bound_weight=0"]
     recipe = ["experiment=imagenet256_dit_s_2", "data.path=x", "sampler=ddim", "sampler.variance=small", "grid=evenly"]
     return [*recipe, f"latent.name={vae}", *told, *options.overrides, *sampled]
-
-
-def vae(folder: Path) -> None:
-    """A small random VAE of stride 8, which both decode by."""
-    import diffusers
-
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    sizes = {"block_out_channels": (8,) * 4, "latent_channels": 4, "norm_num_groups": 4, "layers_per_block": 1}
-    torch.manual_seed(0)
-    made: Any = diffusers.AutoencoderKL(**blocks, **sizes, sample_size=256)
-    made.save_pretrained(folder)
-
-
-def _weights(cfg: Any) -> dict[str, Tensor]:
-    """Of a network as it is after some training, where nothing is zero."""
-    network = Parts(cfg).denoiser().network
-    for p in network.parameters():
-        if p.requires_grad:
-            nn.init.normal_(p, std=0.02)
-    return dict(network.state_dict())
 
 
 def _peer(cfg: Any, weights: dict[str, Tensor], folder: Path) -> Any:

@@ -1,7 +1,6 @@
 """`python tools/bench.py startup`: how long commands take to begin, beside what they cannot do without."""
 
 import argparse
-import json
 import os
 import re
 import resource
@@ -11,6 +10,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from typing import Any
+
+from bench_machine import spread
 
 MISTAKE = "optimizer.lr=-1"
 DIT = (sys.executable, "-m", "dit")
@@ -26,7 +28,7 @@ TRAIN = (
 )
 
 
-def startup(options: argparse.Namespace) -> None:
+def startup(options: argparse.Namespace) -> dict[str, Any]:
     """Measure and print; the commands take turns."""
     with tempfile.TemporaryDirectory() as folder:
         train = [*DIT, *TRAIN, f"runs_dir={folder}/{{}}", f"data_dir={folder}/data"]
@@ -50,14 +52,9 @@ def startup(options: argparse.Namespace) -> None:
     print("| command | seconds (least - most) | CPU seconds |\n|---|---|---|")
     for name, found in seconds.items():
         walls, cpus = zip(*found, strict=True)
-        print(f"| `{name}` | {_median(walls)} | {statistics.median(cpus):.2f} |")
-    print(f"\nthe first step of training ended after {_median(first)} s")
-    asked = {key: value for key, value in vars(options).items() if key != "run"}
-    print("\n" + json.dumps({"asked": asked, "seconds": seconds, "first_step": first}))
-
-
-def _median(seconds: Sequence[float]) -> str:
-    return f"{statistics.median(seconds):.2f} ({min(seconds):.2f} - {max(seconds):.2f})"
+        print(f"| `{name}` | {spread(walls)} | {statistics.median(cpus):.2f} |")
+    print(f"\nthe first step of training ended after {spread(first)} s")
+    return {"seconds": seconds, "first_step": first}
 
 
 def _taken(command: Sequence[str]) -> tuple[float, float, str]:

@@ -1,0 +1,321 @@
+"""`python tools/bench.py train`: a training step of ours beside those of other libraries, and where its time goes.
+
+A step is data, forward, backward, optimizer and EMA, on one device: what processes send each other is no part of it.
+Ours reads latents from shards as a run does; peers are given the same tensors at each step. On a CPU time is the
+process's CPU time, reading included; on a GPU it is the stream's, in which waiting for the data's workers shows. Shares
+of a rate are three times the FLOPs of our forward over the step's time, over that rate; the matmul rate is that of the
+model's own matrix products, in the same run and precision.
+"""
+
+import argparse
+import copy
+import gc
+import itertools
+import statistics
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from bench_fixtures import latents, trained
+from bench_machine import DEVICE, GPU, Laps, autocast, datasheet, measured, ratio, spread
+from bench_peers import (
+    diffusers_average,
+    diffusers_network,
+    published_average,
+    published_network,
+    tf32,
+)
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from dit.command.compose import compose
+from dit.train.build import Parts, build
+from dit.train.cost import Alive, memory, multiply_adds
+from dit.train.execution import CHECKPOINTING, arrange
+from dit.train.strategy import trained as parameters_of
+
+PARTS = ("data", "forward", "backward", "optimizer", "EMA")
+WARM = 2  # steps
+GIB = 2**30
+
+Inputs = tuple[Tensor, Tensor, Tensor]  # x (B, C, H, W), time (B,), label (B,)
+
+
+class Trained:
+    """A network as it is trained, of which single steps are measured.
+
+    Args:
+        name: the row of the table.
+        network: on the device.
+        optimizer: trained parameters -> optimizer.
+        average: network -> one update of its moving average.
+        inputs: of each step.
+        target: of the mean squared error, (B, C or 2C, H, W).
+        within: the precision.
+        call: (network, x, time, label) -> output.
+    """
+
+    peer = True
+    tuned = False  # a peer in another way than it comes
+
+    def __init__(
+        self,
+        name: str,
+        network: Any,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        average: Callable[[Any], Callable[[], None]],
+        inputs: Iterable[Inputs],
+        target: Tensor,
+        within: Callable[[], AbstractContextManager[Any]] = autocast,
+        call: Callable[..., Tensor] = lambda network, *inputs: network(*inputs),
+    ):
+        self.name, self.network, self.target, self.within, self.call = name, network, target, within, call
+        self.optimizer = optimizer(list(parameters_of(network).values()))
+        self.average = average(network)
+        self.inputs = iter(inputs)
+        self.seconds: dict[str, list[float]] = {part: [] for part in PARTS}  # a step's, one entry a repeat
+        self.own_bytes = self.peak_bytes = 0
+
+    def run(self, steps: int) -> dict[str, float]:
+        """So many steps: the mean seconds of their parts."""
+        laps = Laps()
+        for _ in range(steps):
+            laps.mark()
+            inputs = next(self.inputs)
+            laps.mark("data")
+            with self.within():
+                loss = F.mse_loss(self.call(self.network, *inputs).float(), self.target)
+                laps.mark("forward")
+                loss.backward()
+            laps.mark("backward")
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            laps.mark("optimizer")
+            self.average()
+            laps.mark("EMA")
+        return {part: seconds / steps for part, seconds in laps.seconds().items()}
+
+    def measure(self, steps: int) -> None:
+        """One more repeat."""
+        if GPU:
+            torch.cuda.reset_peak_memory_stats()
+        before = _allocated()
+        for part, seconds in self.run(steps).items():
+            self.seconds[part].append(seconds)
+        self.peak_bytes = self.own_bytes + (torch.cuda.max_memory_allocated() - before if GPU else 0)
+
+    @property
+    def steps(self) -> list[float]:
+        """Seconds of a whole step, one entry a repeat."""
+        return [sum(parts) for parts in zip(*self.seconds.values(), strict=True)]
+
+    @torch.no_grad()
+    def answer(self, inputs: Inputs) -> Tensor:
+        """The output in float32, without the dropout of labels that diffusers' network has in training."""
+        self.network.eval()
+        output = self.call(self.network, *inputs)
+        self.network.train()
+        return output
+
+
+class Ours(Trained):
+    """Our network as a recipe trains it, in the precision of the device."""
+
+    peer = False
+
+    def __init__(self, name: str, parts: Parts, network: Any, *, compile: bool = False, **given: Any):
+        arrange(network, checkpointing=parts.cfg.trainer.activation_checkpointing, compile=compile)
+        super().__init__(name, network.to(DEVICE), build(parts.cfg.optimizer), _average(parts), **given)
+
+
+def train(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure a step of our network and of the peers', one after the other, and again."""
+    batch, precision = options.batch_size, "bf16-mixed" if GPU else "32-true"
+    words = [*options.overrides, f"trainer.precision={precision}"]
+    latent = Parts(compose("doctor", words)).cfg.latent  # what does not fit fails before anything is written
+    if latent.get("stride") is None:
+        raise ValueError(f"{latent._target_}: latents are what is trained on here, take latent=sd_vae")
+    with tempfile.TemporaryDirectory() as folder:
+        size = latent.size * latent.stride
+        path = latents(Path(folder), 4 * batch, min(16, 4 * batch), size, latent.channels, latent.stride)
+        words += ["data=latents", f"data.path={path}", f"latent.name={folder}/vae", "data.fields=[label]"]
+        words += [] if GPU else ["data.num_workers=0"]  # so that reading counts
+        parts = Parts(compose("doctor", words))
+        peaks = _peaks(parts, options.memory)
+        data = build(parts.cfg.data)
+        data.check(batch)
+        try:
+            with closing(data.batches(batch, 0)) as batches:
+                figures = _compared(options, parts, batches)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"--batch-size {batch} does not fit beside the weights of all rows: take a smaller one, or no --against"
+            ) from error
+    return figures | {"memory": peaks}
+
+
+def _compared(options: argparse.Namespace, parts: Parts, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    """Measure all rows, and print them."""
+    initial = trained(parts.denoiser().network)
+    space = parts.latent()
+    time = torch.randint(1000, (options.batch_size,), device=DEVICE)
+
+    def inputs(batch: dict[str, Any]) -> Inputs:
+        moments, label = (batch[name].to(DEVICE, non_blocking=True) for name in ("latent", "label"))
+        return space.draw(moments), time, label
+
+    read = map(inputs, batches)
+    fixed = next(read)
+    target = torch.randn(len(time), initial.out_channels, *fixed[0].shape[2:], device=DEVICE)
+    given: Any = {"inputs": read, "target": target}
+    again: Any = {"inputs": itertools.repeat(fixed), "target": target}
+    ways: list[Callable[[], Trained]] = [lambda: Ours("ours, eager", parts, copy.deepcopy(initial), **given)]
+    if options.compile:
+        ways.append(lambda: Ours("ours, compiled", parts, copy.deepcopy(initial), **given, compile=True))
+    if "published" in options.against:
+        ways.append(lambda: _published(initial, **again))
+    if "diffusers" in options.against:
+        ways.append(lambda: _diffusers("diffusers, eager", initial, AdamW, **again))
+        ways.append(lambda: _diffusers("diffusers, eager, fused AdamW", initial, _fused, **again))
+    rows, answers = list[Trained](), list[Tensor]()
+    for way in ways:
+        before = _allocated()
+        rows.append(row := way())
+        answers.append(row.answer(fixed))
+        torch.testing.assert_close(answers[-1], answers[0], atol=1e-3 if GPU else 1e-4, rtol=1e-2)  # all do the same
+        row.run(WARM)
+        row.own_bytes = _allocated() - before
+    rates, products = list[float](), _products(rows[0], fixed)
+    for _ in range(options.repeats):
+        rates.append(_matmul_rate(products))
+        for row in rows:
+            row.measure(options.steps)
+    rate, flops = statistics.median(rates), 6 * multiply_adds(parts) * options.batch_size
+    _print(rows, rate, flops, options.batch_size)
+    found = {row.name: {**row.seconds, "peak": row.peak_bytes} for row in rows}
+    return {"flops": flops, "rate": rate, "datasheet": datasheet(), "seconds": found}
+
+
+def _average(parts: Parts) -> Callable[[nn.Module], Callable[[], None]]:
+    def make(network: nn.Module) -> Callable[[], None]:
+        average, count = build(parts.cfg.ema)(parameters_of(network)), itertools.count(1)
+        return lambda: average.update(next(count))
+
+    return make
+
+
+def _diffusers(name: str, initial: Any, optimizer: Callable[..., torch.optim.Optimizer], **given: Any) -> Trained:
+    def call(network: Any, x: Tensor, time: Tensor, label: Tensor) -> Tensor:
+        return network(x, timestep=time, class_labels=label, return_dict=False)[0]
+
+    row = Trained(name, diffusers_network(initial).to(DEVICE), optimizer, diffusers_average, **given, call=call)
+    row.tuned = optimizer is not AdamW
+    return row
+
+
+def _published(initial: Any, **given: Any) -> Trained:
+    network = published_network(initial).to(DEVICE)
+    return Trained("published recipe", network, _published_optimizer, published_average, **given, within=tf32)
+
+
+def _published_optimizer(parameters: list[nn.Parameter]) -> AdamW:
+    return AdamW(parameters, lr=1e-4, weight_decay=0)
+
+
+def _fused(parameters: list[nn.Parameter]) -> AdamW:
+    return AdamW(parameters, fused=True)
+
+
+def _products(row: Trained, inputs: Inputs) -> Counter[tuple[int, int, int]]:
+    """The matrix products of the linear layers that see every token: (rows, in, out), and how many there are."""
+    found: Counter[tuple[int, int, int]] = Counter()
+
+    def note(layer: nn.Linear, told: tuple[Tensor], _: Tensor) -> None:
+        if told[0].ndim == 3:
+            found[told[0].numel() // layer.in_features, layer.in_features, layer.out_features] += 1
+
+    hooks = [m.register_forward_hook(note) for m in row.network.modules() if isinstance(m, nn.Linear)]
+    row.answer(inputs)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@torch.no_grad()
+def _matmul_rate(products: Counter[tuple[int, int, int]]) -> float:
+    """FLOP/s of these matrix products, for their own sake."""
+    flops, seconds = 0, 0.0
+    dtype = torch.bfloat16 if GPU else torch.float32
+    for (rows, width, out), number in products.items():
+        a = torch.randn(rows, width, device=DEVICE, dtype=dtype)
+        b = torch.randn(out, width, device=DEVICE, dtype=dtype)
+        c = torch.empty(rows, out, device=DEVICE, dtype=dtype)
+        torch.mm(a, b.t(), out=c)
+        flops += 2 * rows * width * out * number
+        seconds += number * measured(partial(torch.mm, a, b.t(), out=c), 100 if GPU else 10)
+    return flops / seconds
+
+
+def _print(rows: list[Trained], rate: float, flops: int, batch: int) -> None:
+    """The table, and ours over the better of the peers, which is the last line."""
+    ours = [row for row in rows if not row.peer][-1]
+    peers = sorted((row for row in rows if row.peer), key=lambda row: (row.tuned, statistics.median(row.steps)))
+    base, sheet = (peers or rows)[0], datasheet()
+    print(f"matmul rate {rate / 1e9:,.1f} GFLOP/s, {flops / 1e9:,.1f} GFLOP a step", end="\n\n")
+    heads = ["", "step, ms", *PARTS, "images/s", f"over {base.name}", "of the matmul rate", "of the data sheet"]
+    print("| " + " | ".join([*heads, "peak, GiB"]) + " |")
+    print("|---" * (len(heads) + 1) + "|")
+    for row in rows:
+        step = statistics.median(row.steps)
+        cells = [row.name, spread([1000 * seconds for seconds in row.steps], ".1f")]
+        cells += [f"{1000 * statistics.median(row.seconds[part]):.1f}" for part in PARTS]
+        cells += [f"{batch / step:,.2f}", ratio(row.steps, base.steps, ".3f"), f"{flops / step / rate:.1%}"]
+        cells += [f"{flops / step / sheet:.1%}" if sheet else "-", f"{row.peak_bytes / GIB:.2f}" if GPU else "-"]
+        print("| " + " | ".join(cells) + " |")
+    for peer in peers[::-1]:
+        which = "the better of the peers, " if peer is base else ""
+        print(f"{ours.name}, over {which}{peer.name}: {ratio(ours.steps, peer.steps, '.3f')}")
+
+
+def _peaks(parts: Parts, sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """The most memory of steps of ours by images and checkpointing, measured and predicted, in bytes; printed, too."""
+    rows = []
+    if sizes:
+        print("| images | activation_checkpointing | peak, GiB | predicted | off |\n|---|---|---|---|---|")
+    for batch, checkpointing in itertools.product(sizes, CHECKPOINTING):
+        cfg = copy.deepcopy(parts.cfg)
+        cfg.trainer.activation_checkpointing = checkpointing
+        predicted, peak = memory(recipe := Parts(cfg), batch).total, _peak(recipe, batch)
+        found, off = (f"{peak / GIB:.2f}", f"{predicted / peak - 1:+.1%}") if peak else ("does not fit", "")
+        print(f"| {batch} | {checkpointing} | {found} | {predicted / GIB:.2f} | {off} |", flush=True)
+        rows.append({"images": batch, "checkpointing": checkpointing, "peak": peak, "predicted": predicted})
+    print(end="\n" if rows else "")
+    return rows
+
+
+def _peak(parts: Parts, batch: int) -> int | None:
+    """Bytes of the tensors of two steps, at the most; None: they do not fit."""
+    gc.collect()
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()
+    before, latent = _allocated(), parts.cfg.latent
+    with nullcontext() if GPU else Alive() as alive:
+        try:
+            x = torch.randn(batch, latent.channels, latent.size, latent.size, device=DEVICE)
+            inputs = x, *torch.zeros(2, batch, dtype=torch.long, device=DEVICE)
+            network = trained(parts.denoiser("meta").network.to_empty(device=DEVICE))
+            target = torch.zeros(batch, network.out_channels, *x.shape[2:], device=DEVICE)
+            Ours("", parts, network, inputs=itertools.repeat(inputs), target=target).run(2)
+        except torch.OutOfMemoryError:
+            return None
+    return torch.cuda.max_memory_allocated() - before if alive is None else alive.most
+
+
+def _allocated() -> int:
+    return torch.cuda.memory_allocated() if GPU else 0
