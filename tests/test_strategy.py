@@ -188,11 +188,12 @@ def test_products_of_compiled_code_are_chosen_by_their_sizes(monkeypatch):
         graph.graph.lint()
         graph.recompile()
         for ours, expected in zip(graph(*inputs), gradients(*inputs), strict=True):
-            torch.testing.assert_close(ours, expected)
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-3)
         return [node.target for node in graph.graph.nodes if node.op == "call_function"]
 
-    found = traced(128, 64, 96)  # the output and the gradient of x; that of the weight is as before
-    assert found.count(torch.ops.dit.linear.default) == 2 and found.count(torch.ops.aten.mm.default) == 1
+    found = traced(128, 64, 96)  # the output and the gradient of x; that of the weight is as before, of the bias new
+    assert found.count(torch.ops.dit.linear.default) == 2 and found.count(torch.ops.aten.mm.default) == 2
+    assert torch.ops.aten.sum.dim_IntList not in found
     few = traced(8, 64, 96)  # rows: the gradient of the weight is a sum of outer products
     assert torch.ops.dit.linear.default not in few and few.count(torch.ops.aten.mm.default) == 1
     assert traced(16, 64, 96).count(torch.ops.aten.mm.default) == 2

@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,25 +11,33 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.lowering import fallback_handler, register_lowering
 
 SMALLEST = 64  # rows, and features in and out: below it oneDNN takes longer to begin than is gained
 FEW = 8  # images: the gradient of a weight that sees them, and not their tokens, is written faster than MKL multiplies
 
+aten = torch.ops.aten
 _library = torch.library.Library("dit", "DEF")
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
+@torch.library.impl(_library, "linear", "CPU")
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """X weight^T + bias: (N, in), (out, in), (out,) -> (N, out)."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-_library.impl("linear", _linear, "CPU")
+    """X weight^T + bias, by oneDNN: (N, in), (out, in), (out,) -> (N, out)."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
 
 
 @torch.library.register_fake("dit::linear", lib=_library)
 def _shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(len(x), len(weight))
+
+
+@register_lowering(torch.ops.dit.linear.default, type_promotion_kind=None)
+def _lowered(x: Any, weight: Any, bias: Any) -> Any:
+    """Called without Python; as it stands the compiler would have the weight be a constant."""
+    kernel = torch.ops.mkldnn._linear_pointwise.default
+    return fallback_handler(kernel, add_to_fallback_set=False)(x, weight, bias, "none", [], "")
 
 
 class Products(CustomGraphPass):
@@ -42,37 +51,37 @@ class Products(CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         """Change it in place."""
-        aten = torch.ops.aten
-        for node in [*graph.nodes]:
-            if node.target is aten.addmm.default and not node.kwargs:
-                bias, x, matrix = node.args
-            elif node.target is aten.mm.default:
-                bias, (x, matrix) = None, node.args
-            else:
+        for node in [*graph.nodes] if _amd() else []:
+            change = CHANGES.get(node.target)
+            if change is None or node.kwargs or not _float32(node):
                 continue
-            left, right = x.meta["val"], matrix.meta["val"]
-            if left.device.type != "cpu" or not left.dtype == right.dtype == torch.float32 or not _amd():
-                continue
-            sizes = (len(left), *right.shape)
             with graph.inserting_before(node):
-                if min(sizes) >= SMALLEST and left.is_contiguous() and (bias is None or bias.meta["val"].ndim == 1):
-                    weight = _node(graph, aten.permute.default, matrix, [1, 0])
-                    product = _node(graph, torch.ops.dit.linear.default, x, weight, bias)
-                elif sizes[1] <= FEW and min(sizes[::2]) >= SMALLEST and bias is None:
-                    product = _outer(graph, x, matrix, sizes[1])
-                else:
-                    continue
-            node.replace_all_uses_with(product)
-            graph.erase_node(node)
+                changed = change(graph, *node.args)
+            if changed is not None:
+                node.replace_all_uses_with(changed)
+                graph.erase_node(node)
 
     def uuid(self) -> str:
         """What the compiler's cache knows it by."""
         return hashlib.sha256(inspect.getsource(sys.modules[__name__]).encode() + bytes([_amd()])).hexdigest()
 
 
+def _addmm(graph: fx.Graph, bias: fx.Node | None, x: fx.Node, matrix: fx.Node) -> fx.Node | None:
+    left, right = x.meta["val"], matrix.meta["val"]
+    sizes = (len(left), *right.shape)
+    if min(sizes) >= SMALLEST and left.is_contiguous() and (bias is None or bias.meta["val"].ndim == 1):
+        return _node(graph, torch.ops.dit.linear.default, x, _node(graph, aten.permute.default, matrix, [1, 0]), bias)
+    if sizes[1] <= FEW and min(sizes[::2]) >= SMALLEST and bias is None:
+        return _outer(graph, x, matrix, sizes[1])
+    return None
+
+
+def _mm(graph: fx.Graph, x: fx.Node, matrix: fx.Node) -> fx.Node | None:
+    return _addmm(graph, None, x, matrix)
+
+
 def _outer(graph: fx.Graph, x: fx.Node, matrix: fx.Node, number: int) -> fx.Node:
     """(N, K), (K, M) -> (N, M), the sum of x[:, k] matrix[k]: one loop, that the compiler writes."""
-    aten = torch.ops.aten
     total = None
     for k in range(number):
         column = _node(graph, aten.slice.Tensor, x, 1, k, k + 1)
@@ -80,6 +89,32 @@ def _outer(graph: fx.Graph, x: fx.Node, matrix: fx.Node, number: int) -> fx.Node
         total = term if total is None else _node(graph, aten.add.Tensor, total, term)
     assert total is not None
     return total
+
+
+def _sum(graph: fx.Graph, x: fx.Node, dims: list[int], keepdim: bool = False) -> fx.Node | None:
+    """Of rows, the gradient of a bias: of one row of ones, as the compiler's loop goes down the columns."""
+    value = x.meta["val"]
+    if list(dims) != [0] or value.ndim != 2 or min(value.shape) < SMALLEST or not value.is_contiguous():
+        return None
+    ones = graph.call_function(
+        aten.full.default, ([1, len(value)], 1.0), {"dtype": value.dtype, "device": value.device}
+    )
+    ones.meta["val"] = value.new_ones(1, len(value))
+    total = _node(graph, aten.mm.default, ones, x)
+    return total if keepdim else _node(graph, aten.select.int, total, 0, 0)
+
+
+CHANGES: dict[Any, Callable[..., fx.Node | None]] = {
+    aten.addmm.default: _addmm,
+    aten.mm.default: _mm,
+    aten.sum.dim_IntList: _sum,
+}
+
+
+def _float32(node: fx.Node) -> bool:
+    """Whether all tensors are so, and on a CPU."""
+    values = [argument.meta["val"] for argument in node.all_input_nodes]
+    return all(value.device.type == "cpu" and value.dtype == torch.float32 for value in values)
 
 
 def _node(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
