@@ -394,6 +394,18 @@ def test_the_table_of_layouts(tools, monkeypatch):
     assert lines[3].startswith("| 1 x 4 | fsdp | 4 x 4 |") and "| yes |" in lines[3] and "| NO |" in lines[2]
 
 
+def test_efficiency_is_what_a_bench_measured(tools, tmp_path):
+    import scaling
+
+    path, seconds = tmp_path / "bench.txt", {"forward": [0.1, 0.2, 0.1], "backward": [0.3, 0.2, 0.3], "EMA": [9.0] * 3}
+    line = {"flops": 2e14, "datasheet": 1e15, "seconds": {"ours, eager": {}, "ours, compiled": seconds, "peer": {}}}
+    path.write_text(f"a table\n{json.dumps(line)}\n")
+    assert scaling.measured(path) == pytest.approx(0.5)
+    path.write_text(json.dumps(line | {"datasheet": None}))
+    with pytest.raises(ValueError, match="is not that of tools/bench.py train on a GPU"):
+        scaling.measured(path)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -404,6 +416,7 @@ def test_the_table_of_layouts(tools, monkeypatch):
         (["--strategies", "foo"], "trainer.strategy=foo"),
         (["--between-gb", "0"], "between=0.0 must be greater than 0"),
         (["--efficiency", "40"], "--efficiency=40.0 must lie in"),
+        (["--measured", "nowhere"], "--measured=nowhere: No such file"),
         (["model.hidden_size=97"], "hidden_size=97"),
     ],
 )

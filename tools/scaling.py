@@ -1,13 +1,16 @@
 """Plan many GPUs on a laptop: python tools/scaling.py experiment=imagenet256_dit_xl_2 --nodes 1,16 --strategies fsdp.
 
 Predicts memory, communication and time of a training step for each strategy and number of nodes, without data, weights
-or a GPU. Nothing is measured: times follow from data sheets, from --efficiency, the share of the peak that a GPU
-reaches, and from --overlap, the share of computing in which communication can hide; give your own where you have them.
+or a GPU. Nothing is measured here: times follow from data sheets, from --efficiency, the share of the peak that a GPU
+reaches, and from --overlap, the share of computing in which communication can hide. Efficiency is assumed, unless
+--measured names the output of `python tools/bench.py train` on such a GPU.
 """
 
 import argparse
 import json
+import statistics
 import sys
+from pathlib import Path
 from typing import Any
 
 from dit.command.compose import compose
@@ -49,6 +52,8 @@ def predicted(options: argparse.Namespace) -> list[dict[str, Any]]:
     Raises:
         ValueError: if an option, or the configuration, does not do.
     """
+    if options.efficiency is None:
+        options.efficiency = measured(Path(options.measured)) if options.measured else EFFICIENCY
     for name in ("efficiency", "overlap"):
         if not 0 < (value := getattr(options, name)) <= 1:
             raise ValueError(f"--{name}={value} must lie in (0, 1]")
@@ -120,6 +125,25 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def measured(path: Path) -> float:
+    """The share of the data sheet's peak of forward and backward of ours, in what `tools/bench.py train` printed.
+
+    Raises:
+        ValueError: if that is not in the file, or was measured on a CPU.
+    """
+    try:
+        found = json.loads(path.read_text().splitlines()[-1])
+        rows = [times for name, times in found["seconds"].items() if name.startswith("ours")]
+        passes = [a + b for a, b in zip(rows[-1]["forward"], rows[-1]["backward"], strict=True)]
+        return float(found["flops"] / statistics.median(passes) / found["datasheet"])
+    except OSError as error:
+        raise ValueError(f"--measured={path}: {error.strerror}") from error
+    except (ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"--measured={path}: its last line is not that of tools/bench.py train on a GPU of a known data sheet"
+        ) from error
+
+
 def _times(value: float | None, unit: float) -> float | None:
     return None if value is None else value * unit
 
@@ -150,7 +174,8 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--peak-tflops", type=float, help="in bfloat16, likewise")
     parser.add_argument("--inside-gb", type=float, help="a second that a GPU sends within its node, likewise")
     parser.add_argument("--between-gb", type=float, help="a second that a GPU sends to other nodes, likewise")
-    parser.add_argument("--efficiency", type=float, default=EFFICIENCY, help="share of the peak that is reached")
+    parser.add_argument("--efficiency", type=float, help=f"share of the peak that is reached; {EFFICIENCY:g}")
+    parser.add_argument("--measured", help="a file that `tools/bench.py train` printed, for the efficiency it found")
     parser.add_argument("--overlap", type=float, default=OVERLAP, help="share of computing that hides communication")
     parser.add_argument("--json", action="store_true")
     return parser.parse_intermixed_args()
