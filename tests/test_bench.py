@@ -48,6 +48,7 @@ def test_figures_come_with_their_machine_and_command(bench):
         (["train", "--memory", "-1"], "--memory: -1 must be greater than 0"),
         (["train", "latent=pixels"], "take latent=sd_vae"),
         (["train", "model=dit_x"], "model=dit_x"),
+        (["train", "--trace", "nowhere/trace.json"], "there is no such folder"),
     ],
 )
 def test_mistakes_end_with_exit_code_2(bench, words, message, capsys):
@@ -64,9 +65,13 @@ def test_the_interval_is_the_published_one(bench):
 
 
 @pytest.mark.slow
-def test_a_step_beside_those_of_others(bench):
+def test_a_step_beside_those_of_others(bench, tmp_path):
     words = ["--against", "diffusers", "published", "--batch-size", "2", "--memory", "2"]
+    words += ["--trace", f"{tmp_path}/trace.json"]
     lines, told = bench("train", *TINY, *words, "--steps", "1", "--repeats", "2")  # which checks that all do the same
+    assert "aten::addmm" in {
+        event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    }
     ours, *peers = told["seconds"]
     assert ours == "ours, eager" and peers[0] == "published recipe" and len(peers) == 3
     for parts in told["seconds"].values():

@@ -107,6 +107,10 @@ COMMANDS: dict[Command, tuple[str, dict[str, dict[str, Any]]]] = {
             "--batch-size": number(4, "images of a step"),
             "--memory": number(1, "peaks for so many images, too") | {"nargs": "+", "default": [], "metavar": "N"},
             **COMPILE,
+            "--trace": {
+                "metavar": "FILE",
+                "help": "write a trace of ours by torch.profiler, and print what takes most",
+            },
             "--steps": number(10, "in each repeat"),
             **REPEATS,
         },

@@ -33,6 +33,7 @@ from bench_peers import (
 )
 from torch import Tensor, nn
 from torch.optim import AdamW
+from torch.profiler import ProfilerActivity, profile
 
 from dit.command.compose import compose
 from dit.train.build import Parts, build
@@ -42,6 +43,7 @@ from dit.train.strategy import trained as parameters_of
 
 PARTS = ("data", "forward", "backward", "optimizer", "EMA")
 WARM = 2  # steps
+TRACED = 3
 GIB = 2**30
 
 Inputs = tuple[Tensor, Tensor, Tensor]  # x (B, C, H, W), time (B,), label (B,)
@@ -136,6 +138,8 @@ class Ours(Trained):
 
 def train(options: argparse.Namespace) -> dict[str, Any]:
     """Measure a step of our network and of the peers', one after the other, and again."""
+    if options.trace and not Path(options.trace).resolve().parent.is_dir():
+        raise ValueError(f"--trace {options.trace}: there is no such folder")
     batch, precision = options.batch_size, "bf16-mixed" if GPU else "32-true"
     words = [*options.overrides, f"trainer.precision={precision}"]
     latent = Parts(compose("doctor", words)).cfg.latent  # what does not fit fails before anything is written
@@ -196,6 +200,9 @@ def _compared(options: argparse.Namespace, parts: Parts, batches: Iterator[dict[
         rates.append(_matmul_rate(products))
         for row in rows:
             row.measure(options.steps)
+    if options.trace:
+        _trace(ours := [row for row in rows if not row.peer][-1], options.trace)
+        print(f"{options.trace} has {TRACED} steps of {ours.name}, for chrome://tracing or ui.perfetto.dev\n")
     rate, flops = statistics.median(rates), 6 * multiply_adds(parts) * options.batch_size
     _print(rows, rate, flops, options.batch_size)
     found = {row.name: {**row.seconds, "peak": row.peak_bytes} for row in rows}
@@ -230,6 +237,16 @@ def _published_optimizer(parameters: list[nn.Parameter]) -> AdamW:
 
 def _fused(parameters: list[nn.Parameter]) -> AdamW:
     return AdamW(parameters, fused=True)
+
+
+def _trace(row: Trained, path: str) -> None:
+    """Write what the profiler sees of some steps, and print the operations that take the most."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if GPU else [])]
+    with profile(activities=activities) as seen:
+        row.run(TRACED)
+    seen.export_chrome_trace(path)
+    column = "self_cuda_time_total" if GPU else "self_cpu_time_total"
+    print(seen.key_averages().table(sort_by=column, row_limit=15, max_name_column_width=50))
 
 
 def _products(row: Trained, inputs: Inputs) -> Counter[tuple[int, int, int]]:
