@@ -224,6 +224,22 @@ def test_in_mixed_precision_they_agree_within_its_rounding(others):
 
 
 @pytest.mark.slow
+def test_in_float8_they_agree_within_its_rounding(recipe):
+    """Factors are those of what a device sees of a batch."""
+    pytest.importorskip("torchao")
+    ways = {"ddp": [], "fsdp": [], "kept": ["trainer=fsdp", KEPT, "trainer.precision=bf16-mixed"]}
+    single = recipe("float8-single", "trainer=cpu", "trainer.float8=emulate")
+    runs = [
+        recipe(f"float8-{n}", f"trainer={n.replace('kept', 'fsdp')}", "trainer.float8=emulate", *more)
+        for n, more in ways.items()
+    ]
+    assert train_together([single], 1) == 0 and train_together(runs, 2) == 0
+    for name, run in zip(ways, runs, strict=True):
+        found = differences(run, single)
+        assert close(found, BF16), (name, found)
+
+
+@pytest.mark.slow
 def test_the_same_strategy_and_size_go_on_bit_equal(double, others, recipe):
     half = {**double.half, **others.half}
     runs = {name: recipe(copied(half[name], f"again-{name}"), f"trainer={name}") for name in STRATEGIES}

@@ -53,6 +53,7 @@ CHOICES: dict[str, Sequence[Any]] = {
     "resume": ("auto", "never"),
     "trainer.accelerator": ("auto", "cpu", "gpu"),
     "trainer.precision": ("auto", "32-true", "bf16-mixed"),
+    "trainer.float8": ("none", "tensorwise", "emulate"),
     "trainer.strategy": ("single", "ddp", "fsdp", "zero1", "zero2", "zero3"),
     "trainer.shard": ("world", "node"),
     "trainer.reshard_after_forward": (True, False),
