@@ -1,5 +1,7 @@
 """Whatever the strategy and the number of processes, a run has the same numbers, and checkpoints fit together."""
 
+import contextlib
+import copy
 import os
 import signal
 import subprocess
@@ -19,6 +21,10 @@ from dit.command import export
 from dit.command.compose import compose
 from dit.train.build import Parts
 from dit.train.launch import launch
+from dit.train.sharded import Sharded
+from dit.train.strategy import by_layout
+from dit.train.world import World
+from dit.weights.ema import EMA, held
 
 # Of sums in another order. In bfloat16 the order in which a sum is rounded matters more.
 FP32 = {"loss": 1e-5, "grad_norm": 1e-5, "ema": 1e-5, "model": 2e-5, "optimizer": 1e-4}
@@ -26,6 +32,7 @@ BF16 = {"loss": 2e-3, "grad_norm": 2e-2, "ema": 2e-3, "model": 1e-2, "optimizer"
 SMALL = ["model.hidden_size=32", "model.depth=2", "model.num_heads=2"]
 STRATEGIES = ["ddp", "fsdp", "fsdp_tp", "zero1", "zero2", "zero3"]
 STEPS, HALF = 30, 15
+KEPT = "trainer.reshard_after_forward=false"
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +73,7 @@ def double(recipe, single):
     """What two processes give: begun, stopped in the middle, gone on with from one, in parts; some of each."""
     whole = {name: recipe(name, f"trainer={name}") for name in STRATEGIES}
     whole["offload"] = recipe("offload", "trainer=zero1", "trainer.offload=true")
+    whole["kept"] = recipe("kept", "trainer=fsdp", KEPT, "trainer.prefetch_units=1")
     half = {name: recipe(f"half-{name}", f"trainer={name}", steps=HALF) for name in ("fsdp_tp", "zero3")}
     from_one = {name: recipe(copied(single.half, f"from-one-{name}"), f"trainer={name}") for name in ("ddp", "zero3")}
     parts = {name: in_parts(recipe, name, f"trainer={name}", 4) for name in ("fsdp", "zero3")}
@@ -97,7 +105,7 @@ def close(found, tolerance):
     return all(found[key] <= tolerance[key] for key in tolerance)
 
 
-@pytest.mark.parametrize("name", [*STRATEGIES, "offload"])
+@pytest.mark.parametrize("name", [*STRATEGIES, "offload", "kept"])
 def test_two_processes_give_the_numbers_of_one(single, double, name):
     run = double.whole[name]
     found = differences(run, single.whole)
@@ -108,6 +116,40 @@ def test_two_processes_give_the_numbers_of_one(single, double, name):
     for path in sorted(pictures[1].iterdir()):
         ours, theirs = (np.asarray(Image.open(folder / path.name), int) for folder in pictures)
         assert np.abs(ours - theirs).max() <= 1, path.name
+
+
+@pytest.mark.parametrize("options", [[], [KEPT]], ids=["resharded", "kept"])
+def test_weights_that_change_are_seen_whatever_is_gathered(recipe, options):
+    """Averages that are lent, also between a forward and its backward pass, and what a step has made of the weights."""
+    cfg, world = recipe("lent", "trainer=fsdp", "trainer.devices=1", *options), World()
+    world.join("cpu")
+    try:
+        strategy, denoiser = Sharded(cfg.trainer, world, torch.device("cpu")), Parts(cfg).denoiser("meta")
+        network, plain = strategy.begin(denoiser, None, 0), Parts(cfg).denoiser().network
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for p, same in zip(network.parameters(), plain.parameters(), strict=True):
+                p.to_local().copy_(same.normal_(std=0.1, generator=generator))
+        module = SimpleNamespace(network=network, ema=EMA(strategy.averaged(network), {"ema": held(10)}))
+        average = copy.deepcopy(plain)
+        of_plain, of_network = (torch.optim.SGD(by_layout([*n.parameters()]), lr=0.1) for n in (plain, network))
+        strategy.start(denoiser, {"denoiser": of_network}, micro_batches=1, max_norm=None)
+        x, told = torch.randn(4, 1, 8, 8, generator=generator), {"time": torch.ones(4), "label": torch.arange(4)}
+
+        def alike(other, within=contextlib.nullcontext):
+            with torch.no_grad(), within():
+                torch.testing.assert_close(network(x, **told), other(x, **told))
+
+        for _ in range(2):
+            loss = network(x, **told).square().mean()
+            alike(average, lambda: strategy.lent(module))
+            loss.backward(), plain(x, **told).square().mean().backward()
+            alike(plain)
+            strategy.step("denoiser", lambda _, norm: norm > 0), of_plain.step(), of_plain.zero_grad()
+            alike(plain)
+            alike(average, lambda: strategy.lent(module))
+    finally:
+        world.leave()
 
 
 def test_exports_of_one_state_are_bit_equal_whatever_saved_it(recipe, tmp_path):
@@ -178,6 +220,22 @@ def test_so_it_is_with_the_other_strategies(single, others, recipe):
 def test_in_mixed_precision_they_agree_within_its_rounding(others):
     for name in STRATEGIES:
         found = differences(others.bf16[name], others.bf16["single"])
+        assert close(found, BF16), (name, found)
+
+
+@pytest.mark.slow
+def test_in_float8_they_agree_within_its_rounding(recipe):
+    """Factors are those of what a device sees of a batch."""
+    pytest.importorskip("torchao")
+    ways = {"ddp": [], "fsdp": [], "kept": ["trainer=fsdp", KEPT, "trainer.precision=bf16-mixed"]}
+    single = recipe("float8-single", "trainer=cpu", "trainer.float8=emulate")
+    runs = [
+        recipe(f"float8-{n}", f"trainer={n.replace('kept', 'fsdp')}", "trainer.float8=emulate", *more)
+        for n, more in ways.items()
+    ]
+    assert train_together([single], 1) == 0 and train_together(runs, 2) == 0
+    for name, run in zip(ways, runs, strict=True):
+        found = differences(run, single)
         assert close(found, BF16), (name, found)
 
 

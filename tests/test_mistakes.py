@@ -211,6 +211,8 @@ KNOWN = [  # those that other tests look at, too
     (["trainer.micro_batch_size=4"], "trainer.micro_batch_size=4", "trainer.lanes=8"),
     (["trainer.devices=2"], "trainer.devices=2", "trainer.strategy=single"),
     (["trainer.shard=node"], "trainer.shard=node", "trainer.strategy=single"),
+    (["trainer.prefetch_units=2"], "trainer.prefetch_units=2", "trainer.strategy=single"),
+    ([*DDP, "trainer.reshard_after_forward=false"], "trainer.reshard_after_forward=false", "trainer.strategy=ddp"),
     (["trainer=fsdp", "trainer.offload=true"], "trainer.offload=true", "trainer=fsdp"),
     ([*DDP, "trainer.tensor_parallel_size=2"], "trainer.tensor_parallel_size=2", "trainer.strategy=ddp"),
     ([*TENSOR, "trainer.devices=3"], "trainer.tensor_parallel_size=2", "trainer.devices=3"),

@@ -10,8 +10,6 @@ import torch
 import torch.distributed as dist
 from test_conf import dit
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,11 +21,14 @@ from dit.train.cost import inputs_of, memory, shard
 from dit.train.hardware import HARDWARE, hardware
 from dit.train.layout import Layout, assumed_layout, check, divided
 from dit.train.plan import Plan, Planner, Traffic, ring
+from dit.train.sharded import Sharded
+from dit.train.world import World
 
 TOOLS = Path(__file__).parents[1] / "tools"
 D, DEPTH, IMAGES = 96, 3, 4
 SMALL = ["latent=pixels", "data.image_size=16", "data.num_classes=10", "model.patch_size=2", "model.num_heads=4"]
 SMALL += [f"model.hidden_size={D}", f"model.depth={DEPTH}"]
+KEPT = ["trainer=fsdp", "trainer.reshard_after_forward=false"]
 
 # By hand: qkv, proj, fc1, fc2, adaLN with their biases; patches, time, labels, positions, final layer.
 BLOCK = 18 * D * D + 15 * D
@@ -113,6 +114,21 @@ def test_fsdp_by_hand(plain, mixed):
     assert sent(twice, "all-gather")[0] == 2 * sent(plan, "all-gather")[0]
 
 
+def test_what_is_gathered_when_by_hand():
+    recipe = planner("trainer.precision=bf16-mixed", "model.depth=5", *KEPT)
+    options = recipe.parts.cfg.trainer
+    kept = planned(recipe, "fsdp", 1, 4)
+    options.reshard_after_forward = True
+    plan = planned(recipe, "fsdp", 1, 4)
+    most = plan.memory.gathered - 2 * 3 * BLOCK  # two blocks, and the gradients of one, in bfloat16
+    for number, blocks in ((1, 3), (2, 4), (9, 5)):
+        options.prefetch_units = number
+        ahead = planned(recipe, "fsdp", 1, 4)
+        assert ahead == plan._replace(memory=plan.memory._replace(gathered=most + 2 * blocks * BLOCK))
+    assert kept.memory == ahead.memory and sent(kept, "reduce-scatter") == sent(plan, "reduce-scatter")
+    assert sent(kept, "all-gather")[0] == sent(plan, "all-gather")[0] / 2
+
+
 def test_hsdp_is_fsdp_in_each_node(mixed):
     node, plan = planned(mixed, "fsdp", 1, 4), planned(mixed, "fsdp", 8, 4, "node")
     assert plan.memory == node.memory and plan.units == node.units and plan.layout.name == "hsdp"
@@ -192,11 +208,16 @@ def test_the_time_by_hand():
 
 
 @pytest.fixture
-def ranks():
-    """Begins a process group of so many ranks, of which this is the first; what they would send is made up."""
+def ranks(monkeypatch):
+    """Begins a process group of so many ranks, some a node, of which this is the first; what they send is made up."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    yield lambda world: dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    def begin(world, gpus):
+        for name, value in {"RANK": 0, "WORLD_SIZE": world, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": gpus}.items():
+            monkeypatch.setenv(name, str(value))
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+
+    yield begin
     dist.destroy_process_group()
 
 
@@ -209,13 +230,11 @@ def tools(monkeypatch):
     ("nodes", "gpus", "options"),
     [(1, 2, {}), (1, 5, {}), (16, 8, {}), (2, 2, {"shard": "node"}), (2, 2, {"tensor_parallel": 2})],
 )
-def test_torch_shards_as_planned(nodes, gpus, options, ranks, tools, plain, monkeypatch):
+def test_torch_shards_as_planned(nodes, gpus, options, ranks, tools, plain):
     from bench_memory import bytes_of_a_step
 
     world = nodes * gpus
-    for name, value in {"RANK": 0, "WORLD_SIZE": world, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": gpus}.items():
-        monkeypatch.setenv(name, str(value))
-    ranks(world)
+    ranks(world, gpus)
     more = [f"trainer.{key.replace('parallel', 'parallel_size')}={value}" for key, value in options.items()]
     found = bytes_of_a_step([*SMALL, "trainer.precision=32-true", *more], IMAGES)
     expected = planned(plain, "fsdp", nodes, gpus, **options).memory._asdict()
@@ -247,19 +266,21 @@ class Now(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("precision", "world"), [("32-true", 2), pytest.param("bf16-mixed", 8, marks=pytest.mark.slow)]
+    ("precision", "world", "options"),
+    [
+        ("32-true", 2, []),
+        pytest.param("32-true", 2, ["trainer=fsdp", "trainer.prefetch_units=3"], marks=pytest.mark.slow),
+        pytest.param("32-true", 2, KEPT, marks=pytest.mark.slow),
+        pytest.param("bf16-mixed", 8, [], marks=pytest.mark.slow),
+        pytest.param("bf16-mixed", 8, KEPT, marks=pytest.mark.slow),
+    ],
 )
-def test_the_peak_of_fsdp_is_as_planned(precision, world, ranks):
+def test_the_peak_of_fsdp_is_as_planned(precision, world, options, ranks):
     wide = ["data.image_size=8", "model.patch_size=4", "model.hidden_size=256", "model.depth=6"]
-    recipe = planner(*wide, f"trainer.precision={precision}")  # what is gathered is much of it
-    ranks(world)
+    recipe = planner(*wide, f"trainer.precision={precision}", *options)  # what is gathered is much of it
+    ranks(world, world)
     network = recipe.parts.denoiser("meta").network
-    within = MixedPrecisionPolicy(torch.bfloat16 if recipe.mixed else None, torch.float32, cast_forward_inputs=False)
-    mesh = init_device_mesh("cpu", (world,))
-    for module in (m for m in network.modules() if isinstance(m, network.units)):
-        fully_shard(module, mesh=mesh, mp_policy=within)
-    whole = MixedPrecisionPolicy(cast_forward_inputs=False)
-    fully_shard(network, mesh=mesh, mp_policy=whole, reshard_after_forward=True)  # as dit/train/sharded.py
+    Sharded(recipe.parts.cfg.trainer, World(), torch.device("cpu")).shard(network)
     network.to_empty(device="cpu")
     for p in network.parameters():
         nn.init.normal_(p.detach().to_local(), std=0.02)

@@ -31,6 +31,7 @@ LEAST: dict[str, float] = {
     "trainer.checkpoint_every_steps": 1,
     "trainer.keep_checkpoints": 1,
     "trainer.tensor_parallel_size": 1,
+    "trainer.prefetch_units": 0,
     "trainer.keep_every_steps": 1,
     "trainer.timeout_seconds": 1,
     "sampler.num_steps": 1,
@@ -52,8 +53,10 @@ CHOICES: dict[str, Sequence[Any]] = {
     "resume": ("auto", "never"),
     "trainer.accelerator": ("auto", "cpu", "gpu"),
     "trainer.precision": ("auto", "32-true", "bf16-mixed"),
+    "trainer.float8": ("none", "tensorwise", "emulate"),
     "trainer.strategy": ("single", "ddp", "fsdp", "zero1", "zero2", "zero3"),
     "trainer.shard": ("world", "node"),
+    "trainer.reshard_after_forward": (True, False),
     "trainer.offload": (True, False),
     "trainer.dry_run": (True, False),
     "trainer.ledger": (True, False),
@@ -85,6 +88,10 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(
             f"trainer.offload=true goes with trainer=zero1, zero2 or zero3, not trainer={cfg.trainer.strategy}"
         )
+    for key, default in {"reshard_after_forward": True, "prefetch_units": 0}.items():
+        if cfg.trainer[key] != default and cfg.trainer.strategy != "fsdp":
+            said = f"{key}={str(cfg.trainer[key]).lower()}"
+            raise ConfigError(f"trainer.{said} goes with trainer=fsdp, not trainer.strategy={cfg.trainer.strategy}")
     keep, every = cfg.trainer.keep_every_steps, cfg.trainer.checkpoint_every_steps
     if keep and keep % every:
         raise ConfigError(

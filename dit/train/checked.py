@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from dit.objective.derivative import check_forward, is_forward
 from dit.objective.objective import Objective
+from dit.train import float8
 from dit.train.build import build, parts_of
 from dit.train.devices import strategy_of
 from dit.train.drawn import check_drawn, check_guided_once
@@ -63,6 +64,7 @@ def checked(cfg: DictConfig, layout: Layout) -> Checked:
                 "ema= that conf/objective names for it, or leave the target to the network's own weights"
             )
     strategy.check(options, denoiser, objective)
+    float8.check(options)
     if times := getattr(objective, "times", None):
         times(denoiser.schedule, torch.full((1,), 0.5))  # which sees its own options
     if derivative := getattr(objective, "derivative", None):
@@ -86,12 +88,13 @@ def _check_derivative(parts: Any, options: DictConfig) -> None:
     """
     from dit.train.cost import inputs_of  # which takes a while to import
 
-    # Both gather by functions that have a gradient, but no forward derivative.
+    # All three compute by functions that have a gradient, but no forward derivative.
     split = f"tensor_parallel_size={options.tensor_parallel_size}" if options.tensor_parallel_size > 1 else ""
-    if through := "strategy=zero3" if options.strategy == "zero3" else split:
+    rounded = f"float8={options.float8}" if options.float8 != "none" else ""
+    if through := "strategy=zero3" if options.strategy == "zero3" else split or rounded:
         raise ValueError(
             f"objective/derivative=jvp does not reach through trainer.{through}: take objective/derivative=central, or "
-            "trainer=fsdp without tensor parallelism"
+            + ("trainer.float8=none" if through == rounded else "trainer=fsdp without tensor parallelism")
         )
     (x, _), cond = inputs_of(parts, 1, "meta")
     check_forward(parts.denoiser("meta"), x, cond)

@@ -17,6 +17,7 @@ from dit.noise.draw import Draw
 from dit.objective.objective import Batch, Objective
 from dit.train.guard import Guard
 from dit.train.strategy import Strategy, by_layout
+from dit.train.transfer import Transfer
 from dit.weights.ema import EMA
 
 
@@ -108,6 +109,12 @@ class DiffusionModule(LightningModule):
             max_norm=self.max_grad_norm,
         )
         self.ema = self._make_ema(self.strategy.averaged(self.network))
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """The batch, if it is on its way already; else as Lightning does it."""
+        if isinstance(batch, Transfer):
+            return batch.batch()
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """All phases of one step.

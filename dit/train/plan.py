@@ -89,8 +89,9 @@ class Plan(NamedTuple):
 class Planner:
     """Predicts for one recipe and any number of layouts; what they share is counted once.
 
-    trainer.precision and trainer.activation_checkpointing are the recipe's. Not counted are a VAE's own needs, parts of
-    the objective that are trained, what trainer.compile saves, and the operations that frozen layers save backward.
+    trainer.precision, trainer.activation_checkpointing and what FSDP2 gathers when are the recipe's. Not counted are a
+    VAE's own needs, parts of the objective that are trained, what trainer.compile and trainer.float8 save, and the
+    operations that frozen layers save backward.
 
     Args:
         parts: of the recipe.
@@ -185,8 +186,12 @@ class Planner:
 
         With bf16-mixed units are gathered in bfloat16, the rest in float32. While a unit computes backward there are:
         its parameters, the next one's as they arrive, its gradients, and in float32 those of the unit before, on their
-        way (torch's `FSDPParamGroup`); and the rest, with gradients.
+        way (torch's `FSDPParamGroup`); and the rest, with gradients. With trainer.prefetch_units as many arrive. With
+        trainer.reshard_after_forward=false all are gathered once, and there is most when the last one of them is, with
+        the messages by which it and the one before came, or soon afterwards.
         """
+        options = self.parts.cfg.trainer
+        again = options.reshard_after_forward
         units = self.units(layout)
         low = 2 if self.mixed else 4
         padded = sum(unit.number * unit.padded for unit in units if unit.name != REST)
@@ -196,12 +201,14 @@ class Planner:
             self._states(layout.shards, tensor_parallel=layout.tensor_parallel)._asdict(), images, layout
         )
         copies = min(memory.copies, 2 * rest) if self.mixed else memory.copies
-        memory = memory._replace(gathered=4 * (2 * rest + largest) + 3 * low * largest, copies=copies)
+        there = min(padded, (2 + max(1, options.prefetch_units)) * largest) if again else padded
+        beside = max(4 * (rest + largest), 0 if again else 2 * low * largest)
+        memory = memory._replace(gathered=4 * rest + low * there + beside, copies=copies)
         members = layout.shards
         near = min(members, layout.gpus // layout.tensor_parallel)  # of them in a node
         reduced = sum(unit.number * unit.reduced for unit in units)
         traffic = [
-            ring("all-gather", number * 2 * (low * padded + 4 * rest), members, near),
+            ring("all-gather", number * (2 if again else 1) * (low * padded + 4 * rest), members, near),
             ring("reduce-scatter", number * 4 * reduced, members, near),
             ring("all-reduce", number * 4 * reduced / members, layout.data_parallel // members, 1),
         ]

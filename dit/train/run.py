@@ -33,6 +33,7 @@ from dit.train.published import beginning, unlike
 from dit.train.same import differences, taught_by
 from dit.train.saved import PROGRESS, averages, summary_of
 from dit.train.strategy import Strategy, trained
+from dit.train.transfer import transfers
 from dit.train.watchdog import Watchdog
 from dit.train.world import Lost, World, is_connection
 from dit.weights.identity import sha256
@@ -398,7 +399,8 @@ class Run:
         number = options.max_steps - self.step - sum(self.step <= step < options.max_steps for step in skip)
         # Closing ends the data's workers, which leave signals to us, and a save that is under way.
         with preemption, closing(checkpoints), closing(batches):
-            trainer.fit(module, self.clock.fetched(itertools.islice(batches, number)))
+            coming = transfers(itertools.islice(batches, number), self.device)
+            trainer.fit(module, self.clock.fetched(coming))
         return preemption.exit_code
 
     def _processes(self) -> dict[str, Any]:
@@ -498,7 +500,8 @@ class Run:
             asked["sampler"] = {**asked["sampler"], "num_steps": num_steps}
         asked |= {name: self.resolved[name] for name in ("run", "metric", "seed")}
         asked |= {"weights": averages(self.cfg)[0], "num_samples": num_images, "labels": "in_turn"}
-        asked |= {"batch_size": self.cfg.evaluation.batch_size, "precision": PRECISION[self.cfg.trainer.precision]}
+        precision = PRECISION[self.cfg.trainer.precision] if self.cfg.trainer.float8 == "none" else "float8"
+        asked |= {"batch_size": self.cfg.evaluation.batch_size, "precision": precision}
         digest = None
         if self.layout.strategy in ("single", "ddp"):
             with module.strategy.lent(module):

@@ -28,7 +28,7 @@ FREE |= {"ema.device", "ema.snapshot_every_steps"}
 FREE |= {"ema.profiles.ema.decay", "ema.profiles.ema.warmup"}  # which repeat ema.decay and ema.warmup
 FREE |= {f"objective.{name}" for name in ("teacher.runs_dir", "critic.runs_dir", "teacher.init.path")}
 FREE |= {"condition.name"}  # of a text encoder, which may move; its width is checked
-FIXED = {f"trainer.{name}" for name in ("batch_size", "lanes", "precision", "max_grad_norm")}
+FIXED = {f"trainer.{name}" for name in ("batch_size", "lanes", "precision", "float8", "max_grad_norm")}
 
 
 def differences(before: Any, now: Any) -> list[str]:

@@ -1,6 +1,8 @@
 """Fully sharded data parallel (FSDP2), with tensor parallelism if asked for."""
 
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +26,10 @@ class Sharded(Strategy):
     trainer.tensor_parallel_size=T, T devices beside each other see the same images and divide the work in each block.
 
     In mixed precision the units are gathered in bfloat16; gradients are summed, and everything is kept, in float32.
+
+    With trainer.reshard_after_forward=false what is gathered forward is kept for the backward pass. It is given back
+    where the weights behind it change: otherwise that would not be seen. While a unit computes, the next
+    trainer.prefetch_units are gathered, backward those before it; with 0 forward only what the host has come to.
     """
 
     needs_group = True
@@ -44,6 +50,7 @@ class Sharded(Strategy):
                 logging.ERROR
             )  # norms, one after another
         self._stacked: dict[str, int] = {}
+        self._sharded: list[Any] = []
 
     @classmethod
     def check(cls, options: DictConfig, denoiser: Any, objective: nn.Module) -> None:
@@ -63,14 +70,40 @@ class Sharded(Strategy):
 
     def shard(self, network: nn.Module) -> None:
         """Divide all parameters, unit by unit; what is outside of units forms one of its own."""
-        mixed = self.options.precision == "bf16-mixed"
+        mixed, reshard = self.options.precision == "bf16-mixed", self.options.reshard_after_forward
         within = MixedPrecisionPolicy(torch.bfloat16 if mixed else None, torch.float32, cast_forward_inputs=False)
-        for module in tensor_parallel.units_of(network):
-            fully_shard(module, mesh=self._data_mesh, mp_policy=within)
+        units = tensor_parallel.units_of(network)
+        for module in units:
+            fully_shard(module, mesh=self._data_mesh, mp_policy=within, reshard_after_forward=reshard)
         # Embeddings stay in float32: bfloat16 does not tell times 999 and 1000 apart.
-        # It is given back after each forward, or averages lent for sampling would not be seen.
         whole = MixedPrecisionPolicy(cast_forward_inputs=False)
-        fully_shard(network, mesh=self._data_mesh, mp_policy=whole, reshard_after_forward=True)
+        fully_shard(network, mesh=self._data_mesh, mp_policy=whole, reshard_after_forward=reshard)
+        self._sharded = [*units, network]
+        if ahead := self.options.prefetch_units:
+            for i, module in enumerate(units):
+                module.set_modules_to_forward_prefetch(units[i + 1 : i + 1 + ahead])
+                module.set_modules_to_backward_prefetch(units[max(0, i - ahead) : i][::-1])
+
+    def step(self, network: str, allows: Callable[[str, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """As without shares; what was gathered of the weights before, and not used backward, is given back."""
+        stepped = super().step(network, allows)
+        self._reshard()
+        return stepped
+
+    @contextmanager
+    def lent(self, module: Any, profile: str | None = None) -> Iterator[None]:
+        """For the length of a `with`, the network has averaged weights, also where it keeps what it has gathered."""
+        self._reshard()
+        with super().lent(module, profile):
+            try:
+                yield
+            finally:
+                self._reshard()
+
+    def _reshard(self) -> None:
+        """Give back what is gathered; where each forward does so itself, there is nothing."""
+        for module in self._sharded:
+            module.reshard()
 
     def draw(self, network: nn.Module, seed: int) -> None:
         """As on a single device; rows of matrices one above the other are then brought to their devices."""

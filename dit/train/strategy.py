@@ -2,7 +2,7 @@
 
 What is asked of a strategy is the same for all: make the network ready, take the gradient of a loss, take a step, and
 say in neutral form, of full names and global sizes, what there is to average and to save. So a checkpoint of one
-strategy is loaded by any other. The order in which a network is made ready is: tensor parallel, activation
+strategy is loaded by any other. The order in which a network is made ready is: tensor parallel, float8, activation
 checkpointing, compile, shard, and only then numbers, so that no device ever holds more than its share.
 """
 
@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
-from dit.train import checkpoint
+from dit.train import checkpoint, float8
 from dit.train.execution import arrange
 from dit.train.world import World
 
@@ -106,6 +106,8 @@ class Strategy:
     @staticmethod
     def arrange(network: nn.Module, options: DictConfig) -> None:
         """Set how the network is executed on its device."""
+        if options.float8 != "none":
+            float8.convert(network, emulate=options.float8 == "emulate")
         arrange(
             network,
             checkpointing=options.activation_checkpointing,

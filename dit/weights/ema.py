@@ -134,8 +134,7 @@ class EMA:
     def applied(self, profile: str | None = None) -> Iterator[None]:
         """For the length of a `with`, the network has the averaged weights of a profile, by default of the first.
 
-        Under FSDP2 every unit must reshard after its forward, the root too (`reshard_after_forward=True`): what is
-        gathered when the weights change stays as it was.
+        Under FSDP2 nothing may be gathered when the weights change, here and afterwards: it stays as it was.
         """
         weights = [p.clone() for p in _local(self.parameters)]
         torch._foreach_copy_(_local(self.parameters), _local(self.averages[profile or next(iter(self.profiles))]))
