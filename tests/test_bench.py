@@ -80,3 +80,13 @@ def test_a_step_beside_those_of_others(bench, tmp_path):
     assert lines[-2].startswith("ours, eager, over the better of the peers, ")
     assert [row["checkpointing"] for row in told["memory"]] == ["none", "full", "selective"]
     assert all(row["peak"] <= row["predicted"] < 2 * row["peak"] for row in told["memory"])
+
+
+@pytest.mark.slow
+def test_what_two_processes_send_each_other(bench):
+    lines, told = bench("communication", *TINY, "--repeats", "1")
+    assert [line.split(" | ")[0] for line in lines[-4:-1]] == ["| ddp", "| fsdp", "| fsdp, kept"]
+    for way in told["ways"].values():
+        assert len(way["ranks"]) == 2 and way["sent"] > 0
+        assert all(rank["communication"] > 0 for rank in way["ranks"])
+    assert told["ways"]["fsdp, kept"]["sent"] < told["ways"]["fsdp"]["sent"]

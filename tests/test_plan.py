@@ -300,13 +300,14 @@ def test_the_peak_of_fsdp_is_as_planned(precision, world, options, ranks):
 
 @pytest.mark.slow
 def test_two_processes_have_what_is_planned(tools, plain):
-    from bench_memory import measured
+    from bench_memory import bytes_of_a_step
+    from bench_ranks import ranks
 
     overrides = [*SMALL, "trainer.precision=32-true"]
     expected = planned(plain, "fsdp", 1, 2).memory._asdict()
-    ranks = measured(overrides, 2, IMAGES)
-    for part in ranks[0]:
-        assert max(rank[part] for rank in ranks) == pytest.approx(expected[part], rel=0.001)
+    found = ranks(2, bytes_of_a_step, overrides, IMAGES)
+    for part in found[0]:
+        assert max(rank[part] for rank in found) == pytest.approx(expected[part], rel=0.001)
 
 
 @pytest.mark.parametrize(

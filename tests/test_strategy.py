@@ -165,11 +165,18 @@ def test_a_run_compiles_and_samples_without_compiling_again(config):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
 
 
-def test_what_cannot_be_arranged_is_refused():
+def test_what_cannot_be_arranged_is_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"activation_checkpointing=some: choose one of none, full, selective"):
         arrange(torch.nn.Linear(2, 2), checkpointing="some")
     with pytest.raises(ValueError, match="Linear names no units"):
         arrange(torch.nn.Linear(2, 2), compile=True)
+    if not torch.cuda.is_available():
+        import torch._inductor.config as inductor
+
+        monkeypatch.setattr(inductor.cpp, "cxx", (None, "/nowhere/g++"))
+        network = DiT(input_size=8, in_channels=1, patch_size=2, hidden_size=64, depth=1, num_heads=4)
+        with pytest.raises(ValueError, match="compile=true needs a C\\+\\+ compiler: install"):
+            arrange(network, compile=True)
 
 
 def test_products_of_compiled_code_are_chosen_by_their_sizes(monkeypatch):

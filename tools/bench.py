@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from bench_attention import attention
 from bench_checkpoint import checkpoint
+from bench_communication import communication
 from bench_curves import curves
 from bench_data import data
 from bench_ema import ema
@@ -29,7 +30,7 @@ from bench_startup import startup
 from bench_train import train
 from bench_wait import wait
 
-MIXED = (train, attention, ema, guard)  # compute in bfloat16 where there is a GPU
+MIXED = (train, attention, communication, ema, guard)  # compute in bfloat16 where there is a GPU
 
 
 def main() -> None:
@@ -163,6 +164,15 @@ COMMANDS: dict[Command, tuple[str, dict[str, dict[str, Any]]]] = {
             "overrides": words(OF_A_RECIPE, "model=dit_b_2"),
             "--processes": number(4, "of FSDP2"),
             "--batch-size": number(2, "images of each"),
+        },
+    ),
+    communication: (
+        "what processes send each other in a step, by strategy, and for how long",
+        {
+            "overrides": words(OF_A_RECIPE, "model=dit_b_2"),
+            "--processes": number(2, "of this machine, each with a GPU if there are any"),
+            "--batch-size": number(2, "images of each"),
+            **REPEATS,
         },
     ),
     checkpoint: (

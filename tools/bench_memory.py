@@ -6,17 +6,13 @@ backward. The memory of the process is not looked at, since allocators and libra
 
 import argparse
 import gc
-import multiprocessing
-import os
-import tempfile
 import time
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from bench_ranks import ranks
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
@@ -39,10 +35,10 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
     """Measure one process and several; print both beside the prediction."""
     overrides = [*options.overrides, "trainer.precision=32-true"]
     began = time.perf_counter()
-    [single] = measured(overrides, 1, options.batch_size)
-    ranks = measured(overrides, options.processes, options.batch_size)
+    [single] = ranks(1, bytes_of_a_step, overrides, options.batch_size)
+    each = ranks(options.processes, bytes_of_a_step, overrides, options.batch_size)
     seconds = time.perf_counter() - began
-    most = {part: max(rank[part] for rank in ranks) for part in single}
+    most = {part: max(rank[part] for rank in each) for part in single}
     planner = Planner(Parts(compose("doctor", overrides)))
     world = options.processes
     plan = planner(Layout("fsdp", 1, world), world * options.batch_size).memory._asdict()
@@ -59,31 +55,7 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
     off = max(abs(plan[part] / most[part] - 1) for part in single)
     print(f"\n{', '.join(STATES)} together: {share:.4f} of the single process's (at most {MOST} on 4)")
     print(f"the prediction is off by at most {off:.2%} (at most {TOLERANCE:.0%})")
-    return {"single": single, "ranks": ranks, "predicted": plan, "share": share, "off": off}
-
-
-def measured(overrides: list[str], world: int, batch_size: int) -> list[dict[str, int]]:
-    """Of each of so many processes, its bytes by part."""
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        ProcessPoolExecutor(world, multiprocessing.get_context("spawn")) as pool,
-    ):
-        futures = [pool.submit(_rank, rank, world, folder, overrides, batch_size) for rank in range(world)]
-        return [future.result() for future in futures]
-
-
-def _rank(rank: int, world: int, folder: str, overrides: list[str], batch_size: int) -> dict[str, int]:
-    torch.set_num_threads(1)
-    if world == 1:
-        return bytes_of_a_step(overrides, batch_size)
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-    os.environ |= dict(zip(names, map(str, (rank, rank, world, world)), strict=True))
-    where = (Path(folder) / "rendezvous").as_uri()
-    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world)
-    try:
-        return bytes_of_a_step(overrides, batch_size)
-    finally:
-        dist.destroy_process_group()
+    return {"single": single, "ranks": each, "predicted": plan, "share": share, "off": off}
 
 
 def bytes_of_a_step(overrides: list[str], batch_size: int) -> dict[str, int]:

@@ -61,7 +61,7 @@ def sample(options: argparse.Namespace) -> dict[str, Any]:
     base = next(iter(ways))
     print(f"\n| | images a second | time over that of {base} (least - most) |\n|---|---|---|")
     for name, found in seconds.items():
-        print(f"| {name} | {options.images / statistics.median(found):.3f} | {ratio(found, seconds[base])} |")
+        print(f"| {name} | {options.images / statistics.median(found):.3f} | {ratio(found, seconds[base], '.3f')} |")
     return {"seconds": seconds}
 
 

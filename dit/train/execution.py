@@ -37,7 +37,7 @@ def arrange(
         cuda_graphs: on a GPU, without gradients, forwards are replayed as CUDA graphs.
 
     Raises:
-        ValueError: if there is no such choice, or the network has no units.
+        ValueError: if there is no such choice, the network has no units, or nothing here compiles.
     """
     if checkpointing not in CHECKPOINTING:
         raise ValueError(f"trainer.activation_checkpointing={checkpointing}: choose one of {', '.join(CHECKPOINTING)}")
@@ -47,6 +47,8 @@ def arrange(
         raise ValueError(
             f"trainer.{option}: model {type(network).__name__} names no units to compile or to checkpoint; leave it out"
         )
+    if compile and not torch.cuda.is_available():
+        _check_compiler()
     if channels_last:
         network.to(memory_format=torch.channels_last)
     for module in network.modules():
@@ -58,13 +60,24 @@ def arrange(
                 how["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
             module.forward = _checkpointed(module.forward, how)
         if compile:
-            from dit.train.products import options  # which takes seconds to import
+            from dit.train.products import options  # the compiler takes seconds to import
 
             module.compile(dynamic=False, options=options())
     if cuda_graphs:
         network.forward = Graphed(network.forward)
     if compile:  # units of one class share their code, and each shape of theirs counts
         torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
+
+
+def _check_compiler() -> None:
+    """Refuse where code for the CPU cannot be compiled."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ValueError("trainer.compile=true needs a C++ compiler: install g++, or name one by CXX=") from error
 
 
 def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
