@@ -165,7 +165,7 @@ def test_a_run_compiles_and_samples_without_compiling_again(config):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
 
 
-def test_what_cannot_be_arranged_is_refused(monkeypatch):
+def test_what_cannot_be_arranged_is_refused():
     with pytest.raises(ValueError, match=r"activation_checkpointing=some: choose one of none, full, selective"):
         arrange(torch.nn.Linear(2, 2), checkpointing="some")
     with pytest.raises(ValueError, match="Linear names no units"):
@@ -173,16 +173,17 @@ def test_what_cannot_be_arranged_is_refused(monkeypatch):
     if not torch.cuda.is_available():
         import torch._inductor.config as inductor
 
-        monkeypatch.setattr(inductor.cpp, "cxx", (None, "/nowhere/g++"))
         network = DiT(input_size=8, in_channels=1, patch_size=2, hidden_size=64, depth=1, num_heads=4)
-        with pytest.raises(ValueError, match="compile=true needs a C\\+\\+ compiler: install"):
+        nowhere = inductor.patch({"cpp.cxx": (None, "/nowhere/g++")})
+        with nowhere, pytest.raises(ValueError, match="compile=true needs a C\\+\\+ compiler: install"):
             arrange(network, compile=True)
 
 
-def test_products_of_compiled_code_are_chosen_by_their_sizes(monkeypatch):
+def test_products_of_compiled_code_are_chosen_by_their_sizes():
     from dit.train import products  # takes seconds
 
-    monkeypatch.setattr(products, "_amd", lambda: True)
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("torch has no oneDNN here")
 
     def gradients(x, weight, bias):
         y = torch.nn.functional.linear(x, weight, bias)
@@ -204,23 +205,25 @@ def test_products_of_compiled_code_are_chosen_by_their_sizes(monkeypatch):
     few = traced(8, 64, 96)  # rows: the gradient of the weight is a sum of outer products
     assert torch.ops.dit.linear.default not in few and few.count(torch.ops.aten.mm.default) == 1
     assert traced(16, 64, 96).count(torch.ops.aten.mm.default) == 2
-    assert products.Products().uuid() == products.Products().uuid()
 
 
 def test_without_a_gpu_no_forward_is_captured():
     layer = torch.nn.Linear(2, 3)
     x = torch.randn(4, 2)
     with torch.no_grad():
-        assert torch.equal(Graphed(layer.forward)(x), layer(x))
+        assert torch.equal(Graphed(layer)(x), layer(x))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_graphs_replay_what_the_network_computes_with_the_weights_of_now():
     layer = torch.nn.Linear(2, 3).cuda()
-    graphed = Graphed(layer.forward)
+    graphed = Graphed(layer)
     with torch.no_grad():
         for rows in (4, 4, 5):
             x = torch.randn(rows, 2, device="cuda")
             torch.testing.assert_close(graphed(x), layer(x))
             layer.weight.mul_(2)
         assert len(graphed._captured) == 2
+        layer.cpu().cuda()
+        layer.weight.mul_(2)
+        torch.testing.assert_close(graphed(x), layer(x))

@@ -31,9 +31,12 @@ def machine(mixed: bool) -> dict[str, Any]:
 
 
 def datasheet() -> float | None:
-    """The GPU's dense FLOP/s in bfloat16, where dit/train/hardware.py knows it, which has no PCIe cards."""
+    """The GPU's dense FLOP/s in bfloat16, where dit/train/hardware.py knows it, which has SXM modules alone."""
     name = torch.cuda.get_device_name().lower() if GPU else ""
-    return next((known.bf16 for known in HARDWARE.values() if known.name in name and "pcie" not in name), None)
+    return next(
+        (known.bf16 for known in HARDWARE.values() if known.name in name and not ("pcie" in name or "nvl" in name)),
+        None,
+    )
 
 
 def autocast() -> AbstractContextManager[Any]:

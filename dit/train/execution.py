@@ -6,6 +6,7 @@ of parameters stay as they are. The order is: activation checkpointing, compile,
 
 from collections.abc import Callable
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,8 +48,13 @@ def arrange(
         raise ValueError(
             f"trainer.{option}: model {type(network).__name__} names no units to compile or to checkpoint; leave it out"
         )
+    options = None
     if compile and not torch.cuda.is_available():
         _check_compiler()
+        if _amd():
+            from dit.train import products  # the compiler takes seconds to import
+
+            options = products.options()
     if channels_last:
         network.to(memory_format=torch.channels_last)
     for module in network.modules():
@@ -60,11 +66,9 @@ def arrange(
                 how["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
             module.forward = _checkpointed(module.forward, how)
         if compile:
-            from dit.train.products import options  # the compiler takes seconds to import
-
-            module.compile(dynamic=False, options=options())
+            module.compile(dynamic=False, options=options)
     if cuda_graphs:
-        network.forward = Graphed(network.forward)
+        network.forward = Graphed(network)
     if compile:  # units of one class share their code, and each shape of theirs counts
         torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
 
@@ -78,6 +82,13 @@ def _check_compiler() -> None:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
         raise ValueError("trainer.compile=true needs a C++ compiler: install g++, or name one by CXX=") from error
+
+
+@cache
+def _amd() -> bool:
+    """Whether this is a CPU of AMD's, and torch has oneDNN."""
+    info = Path("/proc/cpuinfo")
+    return torch.backends.mkldnn.is_available() and info.exists() and "AuthenticAMD" in info.read_text()
 
 
 def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:

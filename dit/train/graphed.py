@@ -1,10 +1,9 @@
 """A network's forward as a CUDA graph."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 WARM = 3  # forwards before one is captured: what is compiled, chosen and allocated at first is not of the graph
@@ -13,28 +12,38 @@ WARM = 3  # forwards before one is captured: what is compiled, chosen and alloca
 class Graphed:
     """A forward that is captured once for each set of shapes, and replayed: a GPU does not wait for a CPU to launch it.
 
-    It is for sampling. With gradients, or on a CPU, it is the forward itself. A graph reads the weights where they lie:
-    changes in place are seen, others are not. On a GPU: not yet run.
+    It is for sampling: with gradients, or on a CPU, it is the forward itself. A graph reads the weights where they lie,
+    so that changes in place are seen; where they have moved, all is captured anew. On a GPU: not yet run.
 
     Args:
-        forward: (tensors) -> tensor, which may depend on the shapes, but not on the numbers, of what it is given.
+        network: tensors -> tensor, which may depend on the shapes, but not on the numbers, of what it is given.
     """
 
-    def __init__(self, forward: Callable[..., Tensor]):
-        self.forward = forward
+    def __init__(self, network: nn.Module):
+        self.network, self.forward = network, network.forward
+        self._weights: list[int] = []  # where they lay
         self._captured: dict[Any, tuple[torch.cuda.CUDAGraph, list[Any], Tensor]] = {}
-        self._pool: Any = None  # of memory, which all graphs share: one is replayed at a time
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the forward."""
+        """As the forward.
+
+        Raises:
+            ValueError: if it cannot be captured.
+        """
         told, spec = tree_flatten((args, kwargs))
         tensors = [value for value in told if isinstance(value, Tensor)]
         if torch.is_grad_enabled() or not all(t.is_cuda for t in tensors):
-            return self.forward(*args, **kwargs)
+            output: Tensor = self.forward(*args, **kwargs)
+            return output
+        weights = [p.data_ptr() for p in (*self.network.parameters(), *self.network.buffers())]
+        if weights != self._weights:
+            self._captured.clear()
+            self._weights = weights
         narrow = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         key = (spec, narrow, *((v.shape, v.dtype, v.device) if isinstance(v, Tensor) else v for v in told))
         if key not in self._captured:
-            self._captured[key] = self._capture(told, spec)
+            with torch.cuda.device(tensors[0].device):
+                self._captured[key] = self._capture(told, spec)
         graph, inputs, output = self._captured[key]
         for mine, value in zip(inputs, told, strict=True):
             if isinstance(mine, Tensor):
@@ -46,7 +55,6 @@ class Graphed:
         """The graph, what it reads, and where it writes."""
         inputs = [value.clone() if isinstance(value, Tensor) else value for value in told]
         args, kwargs = tree_unflatten(inputs, spec)
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
         mixed = {"enabled": torch.is_autocast_enabled("cuda"), "dtype": torch.get_autocast_dtype("cuda")}
         with torch.autocast("cuda", **mixed, cache_enabled=False):  # narrow copies of weights die, the graph does not
             aside = torch.cuda.Stream()
@@ -56,6 +64,9 @@ class Graphed:
                     self.forward(*args, **kwargs)
             torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                output = self.forward(*args, **kwargs)
+            try:
+                with torch.cuda.graph(graph):
+                    output = self.forward(*args, **kwargs)
+            except RuntimeError as error:
+                raise ValueError(f"cuda_graphs=true: this cannot be captured, leave it out ({error})") from error
         return graph, inputs, output
