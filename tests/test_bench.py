@@ -16,6 +16,8 @@ TINY = [
     "data.num_classes=10",
 ]
 
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
 
 @pytest.fixture
 def bench(monkeypatch, capsys):
@@ -48,7 +50,11 @@ def test_figures_come_with_their_machine_and_command(bench):
         (["train", "--memory", "-1"], "--memory: -1 must be greater than 0"),
         (["train", "latent=pixels"], "take latent=sd_vae"),
         (["train", "model=dit_x"], "model=dit_x"),
-        (["train", "--trace", "nowhere/trace.json"], "there is no such folder"),
+        (["train", "--trace", "nowhere/trace.json"], "give a file in a folder"),
+        (["train", "trainer.compile=true"], "give --compile"),
+        pytest.param(["train", "trainer.float8=tensorwise", "--compile"], "needs a GPU", marks=WITHOUT_GPU),
+        (["train", "model=lightning_dit_b_2", "--against", "published"], "the published DiT alone"),
+        (["curves", "--steps", "2"], "50 steps is the least"),
     ],
 )
 def test_mistakes_end_with_exit_code_2(bench, words, message, capsys):
@@ -90,3 +96,13 @@ def test_what_two_processes_send_each_other(bench):
         assert len(way["ranks"]) == 2 and way["sent"] > 0
         assert all(rank["communication"] > 0 for rank in way["ranks"])
     assert told["ways"]["fsdp, kept"]["sent"] < told["ways"]["fsdp"]["sent"]
+
+
+@pytest.mark.slow
+def test_sampling_beside_the_pipeline_and_by_sampler(bench):
+    words = ["--images", "1", "--steps", "2", "--repeats", "1", "--against", "diffusers"]
+    _, told = bench("sample", *TINY, *words, "--samplers", "ddim", "heun", "--table-steps", "2")  # images are compared
+    assert [*told["seconds"]] == ["DiTPipeline", "ours, eager", "ours, eager, guided within [0.08,0.47]"]
+    assert [(row["sampler"], row["guidance"]) for row in told["table"]] == [
+        (sampler, guidance) for sampler in ("ddim", "heun") for guidance in ("none", "full", "interval")
+    ]

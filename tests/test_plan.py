@@ -420,9 +420,17 @@ def test_efficiency_is_what_a_bench_measured(tools, tmp_path):
     import scaling
 
     path, seconds = tmp_path / "bench.txt", {"forward": [0.1, 0.2, 0.1], "backward": [0.3, 0.2, 0.3], "EMA": [9.0] * 3}
-    line = {"flops": 2e14, "datasheet": 1e15, "seconds": {"ours, eager": {}, "ours, compiled": seconds, "peer": {}}}
+    line = {
+        "asked": {"overrides": []},
+        "flops": 2e14,
+        "datasheet": 1e15,
+        "seconds": {"ours, eager": {}, "ours, compiled": seconds, "peer": {}},
+    }
     path.write_text(f"a table\n{json.dumps(line)}\n")
     assert scaling.measured(path) == pytest.approx(0.5)
+    path.write_text(json.dumps(line | {"asked": {"overrides": ["trainer.activation_checkpointing=full"]}}))
+    with pytest.raises(ValueError, match="without it"):
+        scaling.measured(path)
     path.write_text(json.dumps(line | {"datasheet": None}))
     with pytest.raises(ValueError, match="is not that of tools/bench"):
         scaling.measured(path)
@@ -439,6 +447,7 @@ def test_efficiency_is_what_a_bench_measured(tools, tmp_path):
         (["--between-gb", "0"], "between=0.0 must be greater than 0"),
         (["--efficiency", "40"], "--efficiency=40.0 must lie in"),
         (["--measured", "nowhere"], "--measured=nowhere: No such file"),
+        (["--measured", "nowhere", "--efficiency", "0.4"], "give one of them"),
         (["model.hidden_size=97"], "hidden_size=97"),
     ],
 )

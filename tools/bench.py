@@ -3,7 +3,7 @@
 Each sub-command prints the machine, a table in Markdown, and last one line of JSON: the machine, what was asked, and
 the raw figures. tools/benchmarks/ keeps them with their command. --against measures what other libraries have for the
 same, too, in turns: A B C, A B C, ...; ratios are medians of these turns, with the least and the most. On a GPU if
-torch sees one, else by the process's CPU time.
+torch sees one, else by the process's CPU time. Overrides come before options.
 """
 
 import argparse
@@ -34,7 +34,7 @@ MIXED = (train, attention, communication, ema, guard)  # compute in bfloat16 whe
 
 
 def main() -> None:
-    """Run one sub-command; exit code 2 after a mistake."""
+    """Run one sub-command; exit code 2 after a mistake, 1 if what is measured fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     for run, (what, arguments) in COMMANDS.items():
@@ -54,6 +54,8 @@ def main() -> None:
         print(f"bench: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     print("\n" + json.dumps({"machine": about, "asked": asked, **_rounded(figures)}))
+    if figures.get("failed"):
+        raise SystemExit(f"bench: too far: {'; '.join(figures['failed'])}")
 
 
 def _rounded(figures: Any) -> Any:
@@ -138,6 +140,8 @@ COMMANDS: dict[Command, tuple[str, dict[str, dict[str, Any]]]] = {
                 "help": "the times t at which the last row is guided; by default where sigma / alpha of the linear "
                 "schedule is in (0.28, 2.9], the interval that arXiv:2404.07724 gives EDM2",
             },
+            "--samplers": {"nargs": "+", "default": [], "help": "a table of ours, too, by sampler, steps and guidance"},
+            "--table-steps": number(20, "of the table") | {"nargs": "+", "default": [10, 20]},
             **COMPILE,
             **REPEATS,
         },
@@ -193,9 +197,9 @@ COMMANDS: dict[Command, tuple[str, dict[str, dict[str, Any]]]] = {
         },
     ),
     curves: (
-        "losses of training, before and after each optimization; exit code 2 if one is too far",
+        "losses of training, before and after each optimization; exit code 1 if one is too far",
         {
-            "overrides": words("of dit train", "experiment=digits"),
+            "overrides": words("of dit train, which replace this", "experiment=digits"),
             "--steps": number(300, "of each training"),
         },
     ),

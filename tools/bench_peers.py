@@ -1,7 +1,7 @@
 """What benches of training measure beside ours: diffusers' DiT, and one as the published code has it."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -9,10 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit.model.layers import modulate
+from dit.model.dit import DiT
+from dit.model.layers import Mlp, modulate
 from dit.weights.convert import dit_to_diffusers
 
 PEERS = ("diffusers", "published")
+
+
+def check(network: Any, peers: Sequence[str]) -> None:
+    """See that a network can be measured, and that others have the same.
+
+    Raises:
+        ValueError: if not.
+    """
+    if not isinstance(network, DiT):
+        raise ValueError(f"{type(network).__name__}: DiTs are what is measured here, take model=dit_s_2")
+    block: Any = network.blocks[0]
+    plain = {"norm1", "attn", "norm2", "mlp", "adaLN_modulation"}
+    if peers and not (isinstance(block.mlp, Mlp) and {name for name, _ in block.named_children()} == plain):
+        raise ValueError("--against: others have the published DiT alone, take model=dit_s_2, or leave it out")
 
 
 def diffusers_network(ours: Any) -> Any:
@@ -51,7 +66,8 @@ class PublishedBlock(nn.Module):
     """A block of timm's attention and MLP, like that of the published code, with the parameter names of ours."""
 
     def __init__(self, ours: Any):
-        from timm.layers import Attention, Mlp
+        from timm.layers import Attention
+        from timm.layers import Mlp as TimmMlp
 
         super().__init__()
         gelu: Any = partial(nn.GELU, approximate="tanh")
@@ -59,7 +75,7 @@ class PublishedBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.attn = Attention(width, ours.attn.num_heads, qkv_bias=True)
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.mlp = Mlp(width, ours.mlp.fc1.out_features, act_layer=gelu)
+        self.mlp = TimmMlp(width, ours.mlp.fc1.out_features, act_layer=gelu)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, c: Tensor, *_: None) -> Tensor:

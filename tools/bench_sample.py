@@ -7,16 +7,17 @@ import argparse
 import contextlib
 import copy
 import io
+import itertools
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_fixtures import trained, vae
-from bench_machine import DEVICE, measured, ratio
-from torch import Tensor
+from bench_machine import DEVICE, GPU, measured, ratio
+from torch import Tensor, nn
 
 from dit.command.compose import compose
 from dit.train.build import Parts
@@ -24,6 +25,8 @@ from dit.train.execution import arrange
 from dit.train.exporting import Exporting
 
 PEER = "DiTPipeline"
+TOLD = ["model.closed_frequencies=true", "model.learn_sigma=false", "objective.bound_weight=0"]
+RECIPE = ["experiment=imagenet256_dit_s_2", "data.path=x", *TOLD]
 AGREE = 3  # levels of 255, by which some pixels may differ
 
 
@@ -43,13 +46,11 @@ def sample(options: argparse.Namespace) -> dict[str, Any]:
             pipeline = _peer(cfg, weights, Path(folder) / "stock")
             asked = {"guidance_scale": options.scale, "num_inference_steps": options.steps, "output_type": "np"}
             ways[PEER] = lambda: pipeline(labels.tolist(), generator=torch.Generator().manual_seed(0), **asked).images
-        ways["ours, eager"] = _ours(parts, weights, noise, labels, compile=False)
-        if options.compile:
-            ways["ours, compiled"] = _ours(parts, weights, noise, labels, compile=True)
-        name, compile = ("compiled", True) if options.compile else ("eager", False)
-        ways[f"ours, {name}, guided within {options.interval}"] = _ours(
-            interval, weights, noise, labels, compile=compile
-        )
+        network: Any = None
+        for name, execution in _executions(options.compile).items():
+            network = _network(parts, weights, **execution)
+            ways[f"ours, {name}"] = _ours(parts, network, noise, labels)
+        ways[f"ours, {name}, guided within {options.interval}"] = _ours(interval, network, noise, labels)
         drawn = {name: work() for name, work in ways.items()}  # warm
         if options.against:
             _check_same(drawn[PEER], drawn["ours, eager"])
@@ -57,20 +58,55 @@ def sample(options: argparse.Namespace) -> dict[str, Any]:
         for _ in range(options.repeats):
             for name, work in ways.items():
                 seconds[name].append(measured(work, 1))
-    print(f"{options.images} images in {options.steps} steps, guidance {options.scale:g}")
-    base = next(iter(ways))
-    print(f"\n| | images a second | time over that of {base} (least - most) |\n|---|---|---|")
-    for name, found in seconds.items():
-        print(f"| {name} | {options.images / statistics.median(found):.3f} | {ratio(found, seconds[base], '.3f')} |")
-    return {"seconds": seconds}
+        print(f"{options.images} images in {options.steps} steps, guidance {options.scale:g}")
+        base = next(iter(ways))
+        print(f"\n| | images a second | time over that of {base} (least - most) |\n|---|---|---|")
+        for name, found in seconds.items():
+            print(
+                f"| {name} | {options.images / statistics.median(found):.3f} | {ratio(found, seconds[base], '.3f')} |"
+            )
+        table = [_row(options, f"{folder}/vae", network, *how) for how in _combinations(options)]
+    return {"seconds": seconds, "table": table}
+
+
+def _executions(compile: bool) -> dict[str, dict[str, bool]]:
+    """Ways of ours, the fastest last."""
+    compiled = {"compiled": {"compile": True}} if compile else {}
+    replayed = {"compiled, CUDA graphs": {"compile": True, "cuda_graphs": True}} if compile and GPU else {}
+    return {"eager": {}, **compiled, **replayed}
+
+
+def _combinations(options: argparse.Namespace) -> Iterator[tuple[str, int, str]]:
+    """Samplers, steps and guidance, of which the table is made; its head is printed first."""
+    if options.samplers:
+        print("\n| sampler | steps | guidance | images a second |\n|---|---|---|---|")
+    yield from itertools.product(options.samplers, options.table_steps, ("none", "full", "interval"))
+
+
+def _row(
+    options: argparse.Namespace, vae: str, network: nn.Module, sampler: str, steps: int, guidance: str
+) -> dict[str, Any]:
+    """One of the table, printed."""
+    guided: dict[str, list[str]] = {"none": [], "full": [f"guidance.scale={options.scale}"]}
+    guided["interval"] = [*guided["full"], f"guidance.interval={options.interval}"]
+    cfg = compose("train", [*RECIPE, f"latent.name={vae}", *options.overrides, *guided[guidance]])
+    plain = compose("train", ["experiment=digits", f"sampler={sampler}", f"sampler.num_steps={steps}"])
+    cfg.sampler, cfg.grid = plain.sampler, plain.grid  # the recipe's own are of a learned variance
+    parts = Parts(cfg)
+    noise = torch.randn(options.images, *parts.latent().shape, generator=torch.Generator().manual_seed(0))
+    work = _ours(parts, network, noise, torch.arange(options.images) % 1000)
+    work()
+    seconds = [measured(work, 1) for _ in range(options.repeats)]
+    rate = options.images / statistics.median(seconds)
+    print(f"| {sampler} | {steps} | {guidance} | {rate:.3f} |", flush=True)
+    return {"sampler": sampler, "steps": steps, "guidance": guidance, "seconds": seconds}
 
 
 def _words(options: argparse.Namespace, vae: str) -> list[str]:
     """A recipe that a stock pipeline takes, on a VAE of a folder."""
     sampled = [f"sampler.num_steps={options.steps}", f"guidance.scale={options.scale}"]
-    told = ["model.closed_frequencies=true", "model.learn_sigma=false", "objective.bound_weight=0"]
-    recipe = ["experiment=imagenet256_dit_s_2", "data.path=x", "sampler=ddim", "sampler.variance=small", "grid=evenly"]
-    return [*recipe, f"latent.name={vae}", *told, *options.overrides, *sampled]
+    ddim = ["sampler=ddim", "sampler.variance=small", "grid=evenly"]
+    return [*RECIPE, *ddim, f"latent.name={vae}", *options.overrides, *sampled]
 
 
 def _peer(cfg: Any, weights: dict[str, Tensor], folder: Path) -> Any:
@@ -86,18 +122,23 @@ def _peer(cfg: Any, weights: dict[str, Tensor], folder: Path) -> Any:
     return pipeline
 
 
-def _ours(
-    parts: Parts, weights: dict[str, Tensor], noise: Tensor, labels: Tensor, *, compile: bool
-) -> Callable[[], Tensor]:
-    denoiser = parts.denoiser().eval()
-    denoiser.network.load_state_dict(weights)
-    arrange(denoiser.network, compile=compile)
-    pipeline = parts.pipeline(denoiser.to(DEVICE), parts.latent().to(DEVICE))
+def _network(parts: Parts, weights: dict[str, Tensor], **execution: bool) -> nn.Module:
+    network = parts.denoiser().network
+    network.load_state_dict(weights)
+    network.to(DEVICE).eval()
+    arrange(network, **execution)
+    return network
+
+
+def _ours(parts: Parts, network: nn.Module, noise: Tensor, labels: Tensor) -> Callable[[], Tensor]:
+    denoiser = parts.denoiser("meta").eval()
+    denoiser.network = network
+    pipeline = parts.pipeline(denoiser, parts.latent().to(DEVICE))
     sigma = parts.schedule(pipeline.times[0]).sigma.float()
     return lambda: pipeline({"label": labels}, len(labels), noise=(noise / sigma).to(DEVICE))
 
 
 def _check_same(theirs: Any, ours: Tensor) -> None:
     """Both draw the same images."""
-    apart = (torch.from_numpy(theirs).permute(0, 3, 1, 2) * 255 - ours.float()).abs()
+    apart = (torch.from_numpy(theirs).permute(0, 3, 1, 2) * 255 - ours.float().cpu()).abs()
     assert apart.mean() < 1 and apart.quantile(0.99) <= AGREE, f"{apart.mean():.3g}, at most {apart.max():.3g}"

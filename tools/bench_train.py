@@ -25,20 +25,24 @@ import torch.nn.functional as F
 from bench_fixtures import latents, trained
 from bench_machine import DEVICE, GPU, Laps, autocast, datasheet, measured, ratio, spread
 from bench_peers import (
+    check,
     diffusers_average,
     diffusers_network,
     published_average,
     published_network,
     tf32,
 )
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.profiler import ProfilerActivity, profile
 
 from dit.command.compose import compose
+from dit.train import float8
 from dit.train.build import Parts, build
 from dit.train.cost import Alive, memory, multiply_adds
-from dit.train.execution import CHECKPOINTING, arrange
+from dit.train.execution import CHECKPOINTING
+from dit.train.strategy import Strategy
 from dit.train.strategy import trained as parameters_of
 
 PARTS = ("data", "forward", "backward", "optimizer", "EMA")
@@ -82,7 +86,8 @@ class Trained:
         self.average = average(network)
         self.inputs = iter(inputs)
         self.seconds: dict[str, list[float]] = {part: [] for part in PARTS}  # a step's, one entry a repeat
-        self.own_bytes = self.peak_bytes = 0
+        self.own_bytes = 0
+        self.peak_bytes: int | None = None  # of a GPU
 
     def run(self, steps: int) -> dict[str, float]:
         """So many steps: the mean seconds of their parts."""
@@ -110,7 +115,8 @@ class Trained:
         before = _allocated()
         for part, seconds in self.run(steps).items():
             self.seconds[part].append(seconds)
-        self.peak_bytes = self.own_bytes + (torch.cuda.max_memory_allocated() - before if GPU else 0)
+        if GPU:
+            self.peak_bytes = self.own_bytes + torch.cuda.max_memory_allocated() - before
 
     @property
     def steps(self) -> list[float]:
@@ -132,19 +138,30 @@ class Ours(Trained):
     peer = False
 
     def __init__(self, name: str, parts: Parts, network: Any, *, compile: bool = False, **given: Any):
-        arrange(network, checkpointing=parts.cfg.trainer.activation_checkpointing, compile=compile)
+        options = copy.deepcopy(parts.cfg.trainer)
+        options.compile = compile
+        Strategy.arrange(network, options)
         super().__init__(name, network.to(DEVICE), build(parts.cfg.optimizer), _average(parts), **given)
 
 
 def train(options: argparse.Namespace) -> dict[str, Any]:
     """Measure a step of our network and of the peers', one after the other, and again."""
-    if options.trace and not Path(options.trace).resolve().parent.is_dir():
-        raise ValueError(f"--trace {options.trace}: there is no such folder")
+    if options.trace and (Path(options.trace).is_dir() or not Path(options.trace).resolve().parent.is_dir()):
+        raise ValueError(f"--trace {options.trace}: give a file in a folder that is there")
     batch, precision = options.batch_size, "bf16-mixed" if GPU else "32-true"
     words = [*options.overrides, f"trainer.precision={precision}"]
-    latent = Parts(compose("doctor", words)).cfg.latent  # what does not fit fails before anything is written
+    recipe = Parts(compose("doctor", words))  # what does not fit fails before anything is written
+    latent, trainer = recipe.cfg.latent, recipe.cfg.trainer
     if latent.get("stride") is None:
         raise ValueError(f"{latent._target_}: latents are what is trained on here, take latent=sd_vae")
+    if recipe.adapter:
+        raise ValueError("adapter=: whole networks are trained here, leave it out")
+    if trainer.compile:
+        raise ValueError("trainer.compile=true: give --compile, which measures a row of its own")
+    if options.against and (trainer.float8 != "none" or trainer.activation_checkpointing != "none"):
+        raise ValueError("trainer.float8 and trainer.activation_checkpointing are ours alone: leave --against out")
+    float8.check(OmegaConf.merge(trainer, {"compile": options.compile, "accelerator": "gpu" if GPU else "cpu"}))
+    check(recipe.denoiser("meta").network, options.against)
     with tempfile.TemporaryDirectory() as folder:
         size = latent.size * latent.stride
         path = latents(Path(folder), 4 * batch, min(16, 4 * batch), size, latent.channels, latent.stride)
@@ -266,16 +283,20 @@ def _products(row: Trained, inputs: Inputs) -> Counter[tuple[int, int, int]]:
 
 @torch.no_grad()
 def _matmul_rate(products: Counter[tuple[int, int, int]]) -> float:
-    """FLOP/s of these matrix products, for their own sake."""
+    """FLOP/s of these matrix products, for their own sake, by the faster of what torch has: on a CPU MKL or oneDNN."""
     flops, seconds = 0, 0.0
     dtype = torch.bfloat16 if GPU else torch.float32
     for (rows, width, out), number in products.items():
         a = torch.randn(rows, width, device=DEVICE, dtype=dtype)
         b = torch.randn(out, width, device=DEVICE, dtype=dtype)
         c = torch.empty(rows, out, device=DEVICE, dtype=dtype)
-        torch.mm(a, b.t(), out=c)
+        ways: list[Callable[[], Tensor]] = [partial(torch.mm, a, b.t(), out=c)]
+        if not GPU and torch.backends.mkldnn.is_available():
+            ways.append(partial(torch.ops.mkldnn._linear_pointwise, a, b, None, "none", [], ""))
         flops += 2 * rows * width * out * number
-        seconds += number * measured(partial(torch.mm, a, b.t(), out=c), 100 if GPU else 10)
+        for way in ways:
+            way()  # warm
+        seconds += number * min(measured(way, 100 if GPU else 10) for way in ways)
     return flops / seconds
 
 
@@ -293,7 +314,10 @@ def _print(rows: list[Trained], rate: float, flops: int, batch: int) -> None:
         cells = [row.name, spread([1000 * seconds for seconds in row.steps], ".1f")]
         cells += [f"{1000 * statistics.median(row.seconds[part]):.1f}" for part in PARTS]
         cells += [f"{batch / step:,.2f}", ratio(row.steps, base.steps, ".3f"), f"{flops / step / rate:.1%}"]
-        cells += [f"{flops / step / sheet:.1%}" if sheet else "-", f"{row.peak_bytes / GIB:.2f}" if GPU else "-"]
+        cells += [
+            f"{flops / step / sheet:.1%}" if sheet else "-",
+            f"{row.peak_bytes / GIB:.2f}" if row.peak_bytes else "-",
+        ]
         print("| " + " | ".join(cells) + " |")
     for peer in peers[::-1]:
         which = "the better of the peers, " if peer is base else ""

@@ -52,6 +52,8 @@ def predicted(options: argparse.Namespace) -> list[dict[str, Any]]:
     Raises:
         ValueError: if an option, or the configuration, does not do.
     """
+    if options.measured and options.efficiency is not None:
+        raise ValueError(f"--measured={options.measured} --efficiency={options.efficiency:g}: give one of them")
     if options.efficiency is None:
         options.efficiency = measured(Path(options.measured)) if options.measured else EFFICIENCY
     for name in ("efficiency", "overlap"):
@@ -133,15 +135,19 @@ def measured(path: Path) -> float:
     """
     try:
         found = json.loads(path.read_text().splitlines()[-1])
+        recomputed = any("activation_checkpointing" in word for word in found["asked"]["overrides"])
         rows = [times for name, times in found["seconds"].items() if name.startswith("ours")]
         passes = [a + b for a, b in zip(rows[-1]["forward"], rows[-1]["backward"], strict=True)]
-        return float(found["flops"] / statistics.median(passes) / found["datasheet"])
+        share = float(found["flops"] / statistics.median(passes) / found["datasheet"])
     except OSError as error:
         raise ValueError(f"--measured={path}: {error.strerror}") from error
     except (ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(
             f"--measured={path}: its last line is not that of tools/bench.py train on a GPU of a known data sheet"
         ) from error
+    if recomputed:
+        raise ValueError(f"--measured={path}: with activation_checkpointing, whose passes are counted here: without it")
+    return share
 
 
 def _times(value: float | None, unit: float) -> float | None:

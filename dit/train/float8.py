@@ -77,8 +77,8 @@ def convert(network: nn.Module, *, emulate: bool) -> None:
     if not layers:
         asked = f"trainer.float8={'emulate' if emulate else 'tensorwise'}"
         raise ValueError(
-            f"{asked}: {type(network).__name__} has no trained layer for tokens with at least {least} features in and "
-            f"out, in multiples of {MULTIPLE}: take trainer.float8=none"
+            f"{asked}: {type(network).__name__} has no trained layer for tokens (an adapter freezes them) with at "
+            f"least {least} features in and out, in multiples of {MULTIPLE}: take trainer.float8=none"
         )
     convert_to_float8_training(
         network,

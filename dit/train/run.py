@@ -500,7 +500,9 @@ class Run:
             asked["sampler"] = {**asked["sampler"], "num_steps": num_steps}
         asked |= {name: self.resolved[name] for name in ("run", "metric", "seed")}
         asked |= {"weights": averages(self.cfg)[0], "num_samples": num_images, "labels": "in_turn"}
-        precision = PRECISION[self.cfg.trainer.precision] if self.cfg.trainer.float8 == "none" else "float8"
+        precision = PRECISION[self.cfg.trainer.precision]
+        if (rounded := self.cfg.trainer.float8) != "none":
+            precision = "float8" if rounded == "tensorwise" else "float8 emulated"
         asked |= {"batch_size": self.cfg.evaluation.batch_size, "precision": precision}
         digest = None
         if self.layout.strategy in ("single", "ddp"):
