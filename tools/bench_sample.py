@@ -122,7 +122,7 @@ def _peer(cfg: Any, weights: dict[str, Tensor], folder: Path) -> Any:
     return pipeline
 
 
-def _network(parts: Parts, weights: dict[str, Tensor], **execution: bool) -> nn.Module:
+def _network(parts: Parts, weights: dict[str, Tensor], **execution: Any) -> nn.Module:
     network = parts.denoiser().network
     network.load_state_dict(weights)
     network.to(DEVICE).eval()

@@ -32,7 +32,6 @@ from bench_peers import (
     published_network,
     tf32,
 )
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.profiler import ProfilerActivity, profile
@@ -160,7 +159,9 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("trainer.compile=true: give --compile, which measures a row of its own")
     if options.against and (trainer.float8 != "none" or trainer.activation_checkpointing != "none"):
         raise ValueError("trainer.float8 and trainer.activation_checkpointing are ours alone: leave --against out")
-    float8.check(OmegaConf.merge(trainer, {"compile": options.compile, "accelerator": "gpu" if GPU else "cpu"}))
+    trainer = trainer.copy()
+    trainer.compile, trainer.accelerator = options.compile, "gpu" if GPU else "cpu"
+    float8.check(trainer)
     check(recipe.denoiser("meta").network, options.against)
     with tempfile.TemporaryDirectory() as folder:
         size = latent.size * latent.stride

@@ -55,7 +55,10 @@ class Graphed:
         """The graph, what it reads, and where it writes."""
         inputs = [value.clone() if isinstance(value, Tensor) else value for value in told]
         args, kwargs = tree_unflatten(inputs, spec)
-        mixed = {"enabled": torch.is_autocast_enabled("cuda"), "dtype": torch.get_autocast_dtype("cuda")}
+        mixed: dict[str, Any] = {
+            "enabled": torch.is_autocast_enabled("cuda"),
+            "dtype": torch.get_autocast_dtype("cuda"),
+        }
         with torch.autocast("cuda", **mixed, cache_enabled=False):  # narrow copies of weights die, the graph does not
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())

@@ -42,7 +42,7 @@ class Model:
     """
 
     def __init__(self, path: str | Path, *, compile: bool = False, cuda_graphs: bool = False):
-        execution = {"compile": compile, "cuda_graphs": cuda_graphs}
+        execution: dict[str, Any] = {"compile": compile, "cuda_graphs": cuda_graphs}
         for name, value in execution.items():
             if not isinstance(value, bool):
                 raise ValueError(f"{name}={value!r}: give True or False")
