@@ -110,6 +110,7 @@ def _dear() -> set[Any]:
     names = [
         "mm",
         "addmm",
+        "_scaled_mm",
         "bmm",
         "convolution",
         "_scaled_dot_product_flash_attention",
