@@ -4,8 +4,6 @@ A network names the modules that are treated as one, its `units`; what is done t
 of parameters stay as they are. The order is: activation checkpointing, compile, CUDA graphs.
 """
 
-import ctypes
-import sys
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -53,7 +51,6 @@ def arrange(
     options = None
     if compile and not torch.cuda.is_available():
         _check_compiler()
-        _keep_memory()
         if _amd():
             from dit.train import products  # the compiler takes seconds to import
 
@@ -85,19 +82,6 @@ def _check_compiler() -> None:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
         raise ValueError("trainer.compile=true needs a C++ compiler: install g++, or name one by CXX=") from error
-
-
-@cache
-def _keep_memory() -> None:
-    """Have glibc keep what tensors leave: else it gives much of it back at each step, and takes it anew, page by page.
-
-    Compiled code makes large tensors in turn, of which the last lie at the end of the heap. Up to 2 GiB are kept there;
-    tensors above 32 MiB go their own ways, as always. Measured: tools/benchmarks/train.md.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at the most that it takes
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, likewise
 
 
 @cache
