@@ -42,7 +42,7 @@ def communication(options: argparse.Namespace) -> dict[str, Any]:
     for name, words in WAYS.items():
         overrides = [*options.overrides, *words, f"trainer.precision={precision}"]
         steps = (options.batch_size, options.repeats)
-        each = ranks(options.processes, steps_of, overrides, *steps)
+        each = ranks(options.processes, steps_of, overrides, *steps, gpus=GPU)
         planner = Planner(Parts(compose("doctor", overrides)))
         layout = Layout(name.partition(",")[0], 1, options.processes)
         sent = sum(traffic.inside for traffic in planner(layout, options.processes * options.batch_size).traffic)

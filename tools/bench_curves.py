@@ -2,7 +2,6 @@
 
 import argparse
 import io
-import json
 import tempfile
 from contextlib import redirect_stdout
 from importlib.util import find_spec
@@ -13,6 +12,7 @@ import torch
 from bench_machine import GPU
 
 from dit.command.compose import compose
+from dit.train.files import steps
 
 LEAST = 50  # steps
 BEFORE = "before: eager, float32, AdamW not fused"
@@ -62,11 +62,10 @@ def _losses(options: argparse.Namespace, changed: dict[str, str]) -> Any:
 
     with tempfile.TemporaryDirectory() as folder:
         told = [f"runs_dir={folder}", "run=curve", "logger=none", "metric=none", "sampler.num_steps=1"]
-        steps = [f"trainer.max_steps={options.steps}", "trainer.log_every_steps=1"]
+        length = [f"trainer.max_steps={options.steps}", "trainer.log_every_steps=1"]
         often = [f"trainer.{what}_every_steps={10 * options.steps}" for what in ("preview", "checkpoint")]
         words = [f"{key}={value}" for key, value in changed.items()]
         with redirect_stdout(io.StringIO()):
-            Run(compose("train", [*options.overrides, *told, *steps, *often, *words])).fit()
-        lines = (Path(folder) / "curve" / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return torch.tensor([row["loss"] for row in rows if "loss" in row], dtype=torch.float64)
+            Run(compose("train", [*options.overrides, *told, *length, *often, *words])).fit()
+        lines = list(steps(Path(folder) / "curve" / "metrics.jsonl"))
+    return torch.tensor([line["loss"] for line in lines if "loss" in line], dtype=torch.float64)

@@ -218,11 +218,12 @@ def _compared(options: argparse.Namespace, parts: Parts, batches: Iterator[dict[
         rates.append(_matmul_rate(products))
         for row in rows:
             row.measure(options.steps)
+    ours = [row for row in rows if not row.peer][-1]
     if options.trace:
-        _trace(ours := [row for row in rows if not row.peer][-1], options.trace)
+        _trace(ours, options.trace)
         print(f"{options.trace} has {TRACED} steps of {ours.name}, for chrome://tracing or ui.perfetto.dev\n")
     rate, flops = statistics.median(rates), 6 * multiply_adds(parts) * options.batch_size
-    _print(rows, rate, flops, options.batch_size)
+    _print(rows, ours, rate, flops, options.batch_size)
     found = {row.name: {**row.seconds, "peak": row.peak_bytes} for row in rows}
     return {"flops": flops, "rate": rate, "datasheet": datasheet(), "seconds": found}
 
@@ -301,9 +302,8 @@ def _matmul_rate(products: Counter[tuple[int, int, int]]) -> float:
     return flops / seconds
 
 
-def _print(rows: list[Trained], rate: float, flops: int, batch: int) -> None:
+def _print(rows: list[Trained], ours: Trained, rate: float, flops: int, batch: int) -> None:
     """The table, and ours over the better of the peers, which is the last line."""
-    ours = [row for row in rows if not row.peer][-1]
     peers = sorted((row for row in rows if row.peer), key=lambda row: (row.tuned, statistics.median(row.steps)))
     base, sheet = (peers or rows)[0], datasheet()
     print(f"matmul rate {rate / 1e9:,.1f} GFLOP/s, {flops / 1e9:,.1f} GFLOP a step", end="\n\n")

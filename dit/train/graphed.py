@@ -43,7 +43,7 @@ class Graphed:
         key = (spec, narrow, *((v.shape, v.dtype, v.device) if isinstance(v, Tensor) else v for v in told))
         if key not in self._captured:
             with torch.cuda.device(tensors[0].device):
-                self._captured[key] = self._capture(told, spec)
+                self._captured[key] = self._capture(told, spec, narrow)
         graph, inputs, output = self._captured[key]
         for mine, value in zip(inputs, told, strict=True):
             if isinstance(mine, Tensor):
@@ -51,15 +51,14 @@ class Graphed:
         graph.replay()
         return output.clone()
 
-    def _capture(self, told: list[Any], spec: Any) -> tuple[torch.cuda.CUDAGraph, list[Any], Tensor]:
-        """The graph, what it reads, and where it writes."""
+    def _capture(
+        self, told: list[Any], spec: Any, narrow: torch.dtype | None
+    ) -> tuple[torch.cuda.CUDAGraph, list[Any], Tensor]:
+        """The graph, what it reads, and where it writes; under autocast if to a narrow type."""
         inputs = [value.clone() if isinstance(value, Tensor) else value for value in told]
         args, kwargs = tree_unflatten(inputs, spec)
-        mixed: dict[str, Any] = {
-            "enabled": torch.is_autocast_enabled("cuda"),
-            "dtype": torch.get_autocast_dtype("cuda"),
-        }
-        with torch.autocast("cuda", **mixed, cache_enabled=False):  # narrow copies of weights die, the graph does not
+        # Without its cache: the narrow copies of weights in it die, the graph does not.
+        with torch.autocast("cuda", narrow, enabled=narrow is not None, cache_enabled=False):
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):

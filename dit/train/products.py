@@ -42,10 +42,10 @@ def _lowered(x: Any, weight: Any, bias: Any) -> Any:
 class Products(CustomGraphPass):
     """Changes the products of a compiled graph, forward and backward, where others are faster.
 
-    Those of activations and weights are oneDNN's; those over a few images are sums of outer products. The rest stay,
-    such as gradients of weights, in which MKL is as fast. All are float32. The compiler calls it after derivatives are
-    taken, and tensors are those of one device, so that nothing else need know of it. Measured:
-    tools/benchmarks/train.md.
+    Those of activations and weights are oneDNN's; those over a few images are sums of outer products; sums of rows are
+    products with ones. The rest stay, such as gradients of weights, in which MKL is as fast. All are float32. The
+    compiler calls it after derivatives are taken, and tensors are those of one device, so that nothing else need know
+    of it. Measured: tools/benchmarks/train.md.
     """
 
     def __call__(self, graph: fx.Graph) -> None:

@@ -50,7 +50,7 @@ class Sharded(Strategy):
                 logging.ERROR
             )  # norms, one after another
         self._stacked: dict[str, int] = {}
-        self._sharded: list[Any] = []
+        self._kept: list[Any] = []  # modules whose weights may stay gathered
 
     @classmethod
     def check(cls, options: DictConfig, denoiser: Any, objective: nn.Module) -> None:
@@ -78,8 +78,9 @@ class Sharded(Strategy):
         # Embeddings stay in float32: bfloat16 does not tell times 999 and 1000 apart.
         whole = MixedPrecisionPolicy(cast_forward_inputs=False)
         fully_shard(network, mesh=self._data_mesh, mp_policy=whole, reshard_after_forward=reshard)
-        self._sharded = [*units, network]
-        if ahead := self.options.prefetch_units:
+        ahead = self.options.prefetch_units
+        self._kept = [*units, network] if ahead or not reshard else []
+        if ahead:
             for i, module in enumerate(units):
                 module.set_modules_to_forward_prefetch(units[i + 1 : i + 1 + ahead])
                 module.set_modules_to_backward_prefetch(units[max(0, i - ahead) : i][::-1])
@@ -102,7 +103,7 @@ class Sharded(Strategy):
 
     def _reshard(self) -> None:
         """Give back what is gathered; where each forward does so itself, there is nothing."""
-        for module in self._sharded:
+        for module in self._kept:
             module.reshard()
 
     def draw(self, network: nn.Module, seed: int) -> None:
