@@ -86,8 +86,12 @@ class PublishedBlock(nn.Module):
 
 
 def published_network(ours: Any) -> Any:
-    """The network of blocks as published, with the weights of ours; what stands before and after them is ours."""
+    """The network of blocks and patches as published, with the weights of ours; the rest is ours."""
+    from timm.layers import PatchEmbed
+
     network = copy.deepcopy(ours)
+    conv = ours.x_embedder.proj
+    network.x_embedder = PatchEmbed(None, ours.patch_size, conv.in_channels, conv.out_channels)
     network.blocks = nn.ModuleList(PublishedBlock(block) for block in network.blocks)
     network.load_state_dict(ours.state_dict())
     return network

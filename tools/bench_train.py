@@ -1,5 +1,7 @@
 """`python tools/bench.py train`: a training step of ours beside those of other libraries, and where its time goes.
 
+Each row is trained in a process of its own, as a run is, and they take turns.
+
 A step is data, forward, backward, optimizer and EMA, on one device: what processes send each other is no part of it.
 Ours reads latents from shards as a run does; peers are given the same tensors at each step. On a CPU time is the
 process's CPU time, reading included; on a GPU it is the stream's, in which waiting for the data's workers shows. Shares
@@ -14,14 +16,16 @@ import itertools
 import statistics
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from bench_apart import Apart
 from bench_fixtures import latents, trained
 from bench_machine import DEVICE, GPU, Laps, autocast, datasheet, measured, ratio, spread
 from bench_peers import (
@@ -56,7 +60,6 @@ class Trained:
     """A network as it is trained, of which single steps are measured.
 
     Args:
-        name: the row of the table.
         network: on the device.
         optimizer: trained parameters -> optimizer.
         average: network -> one update of its moving average.
@@ -66,12 +69,8 @@ class Trained:
         call: (network, x, time, label) -> output.
     """
 
-    peer = True
-    tuned = False  # a peer in another way than it comes
-
     def __init__(
         self,
-        name: str,
         network: Any,
         optimizer: Callable[..., torch.optim.Optimizer],
         average: Callable[[Any], Callable[[], None]],
@@ -80,13 +79,10 @@ class Trained:
         within: Callable[[], AbstractContextManager[Any]] = autocast,
         call: Callable[..., Tensor] = lambda network, *inputs: network(*inputs),
     ):
-        self.name, self.network, self.target, self.within, self.call = name, network, target, within, call
+        self.network, self.target, self.within, self.call = network, target, within, call
         self.optimizer = optimizer(list(parameters_of(network).values()))
         self.average = average(network)
         self.inputs = iter(inputs)
-        self.seconds: dict[str, list[float]] = {part: [] for part in PARTS}  # a step's, one entry a repeat
-        self.own_bytes = 0
-        self.peak_bytes: int | None = None  # of a GPU
 
     def run(self, steps: int) -> dict[str, float]:
         """So many steps: the mean seconds of their parts."""
@@ -107,40 +103,84 @@ class Trained:
             laps.mark("EMA")
         return {part: seconds / steps for part, seconds in laps.seconds().items()}
 
+    def measure(self, steps: int) -> tuple[dict[str, float], int | None]:
+        """The same, and the most bytes of a GPU that were taken.
+
+        Between its turns a row leaves the GPU what it need not keep, and takes it again in a step that does not count.
+        """
+        if not GPU:
+            return self.run(steps), None
+        self.run(1)
+        torch.cuda.reset_peak_memory_stats()
+        seconds, peak = self.run(steps), torch.cuda.max_memory_allocated()
+        torch.cuda.empty_cache()
+        return seconds, peak
+
+    @torch.no_grad()
+    def answer(self) -> Tensor:
+        """The output of a step in float32, without the dropout of labels that diffusers' network has in training."""
+        self.network.eval()
+        output = self.call(self.network, *next(self.inputs))
+        self.network.train()
+        return output.cpu()
+
+    def products(self) -> Counter[tuple[int, int, int]]:
+        """Matrix products of the linear layers that see every token: (rows, in, out), and how many there are."""
+        found: Counter[tuple[int, int, int]] = Counter()
+
+        def note(layer: nn.Linear, told: tuple[Tensor], _: Tensor) -> None:
+            if told[0].ndim == 3:
+                found[told[0].numel() // layer.in_features, layer.in_features, layer.out_features] += 1
+
+        hooks = [m.register_forward_hook(note) for m in self.network.modules() if isinstance(m, nn.Linear)]
+        self.answer()
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    def trace(self, path: str) -> str:
+        """Write what the profiler sees of some steps: a table of the operations that take the most."""
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if GPU else [])]
+        with profile(activities=activities) as seen:
+            self.run(TRACED)
+        seen.export_chrome_trace(path)
+        column = "self_cuda_time_total" if GPU else "self_cpu_time_total"
+        return seen.key_averages().table(sort_by=column, row_limit=15, max_name_column_width=50)
+
+
+class Way(NamedTuple):
+    """How a network is trained: a row of the table."""
+
+    make: Callable[..., Trained]  # parts, network with its weights, inputs=, target=
+    compiled: bool = False
+    peer: str = ""  # of --against
+    tuned: bool = False  # a peer in another way than it comes
+
+
+@dataclass
+class Row:
+    """A way to train, in a process of its own, and what was measured of it."""
+
+    name: str
+    trained: Apart
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {part: [] for part in PARTS})  # one entry a repeat
+    peak_bytes: int | None = None  # of a GPU
+
     def measure(self, steps: int) -> None:
         """One more repeat."""
-        if GPU:
-            torch.cuda.reset_peak_memory_stats()
-        before = _allocated()
-        for part, seconds in self.run(steps).items():
-            self.seconds[part].append(seconds)
-        if GPU:
-            self.peak_bytes = self.own_bytes + torch.cuda.max_memory_allocated() - before
+        seconds, self.peak_bytes = self.trained.call("measure", steps)
+        for part, found in seconds.items():
+            self.seconds[part].append(found)
+
+    @property
+    def way(self) -> Way:
+        """How."""
+        return WAYS[self.name]
 
     @property
     def steps(self) -> list[float]:
         """Seconds of a whole step, one entry a repeat."""
         return [sum(parts) for parts in zip(*self.seconds.values(), strict=True)]
-
-    @torch.no_grad()
-    def answer(self, inputs: Inputs) -> Tensor:
-        """The output in float32, without the dropout of labels that diffusers' network has in training."""
-        self.network.eval()
-        output = self.call(self.network, *inputs)
-        self.network.train()
-        return output
-
-
-class Ours(Trained):
-    """Our network as a recipe trains it, in the precision of the device."""
-
-    peer = False
-
-    def __init__(self, name: str, parts: Parts, network: Any, *, compile: bool = False, **given: Any):
-        options = copy.deepcopy(parts.cfg.trainer)
-        options.compile = compile
-        Strategy.arrange(network, options)
-        super().__init__(name, network.to(DEVICE), build(parts.cfg.optimizer), _average(parts), **given)
 
 
 def train(options: argparse.Namespace) -> dict[str, Any]:
@@ -163,69 +203,74 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     trainer.compile, trainer.accelerator = options.compile, "gpu" if GPU else "cpu"
     float8.check(trainer)
     check(recipe.denoiser("meta").network, options.against)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as processes:
         size = latent.size * latent.stride
         path = latents(Path(folder), 4 * batch, min(16, 4 * batch), size, latent.channels, latent.stride)
         words += ["data=latents", f"data.path={path}", f"latent.name={folder}/vae", "data.fields=[label]"]
         words += [] if GPU else ["data.num_workers=0"]  # so that reading counts
         parts = Parts(compose("doctor", words))
         peaks = _peaks(parts, options.memory)
-        data = build(parts.cfg.data)
-        data.check(batch)
+        build(parts.cfg.data).check(batch)
+        ways = {name: way for name, way in WAYS.items() if way.peer in ("", *options.against)}
+        names = [name for name, way in ways.items() if options.compile or not way.compiled]
         try:
-            with closing(data.batches(batch, 0)) as batches:
-                figures = _compared(options, parts, batches)
+            rows = [Row(name, processes.enter_context(Apart(_begin, name, words, batch))) for name in names]
+            return _compared(options, parts, rows) | {"memory": peaks}
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"--batch-size {batch} does not fit beside the weights of all rows: take a smaller one, or no --against"
             ) from error
-    return figures | {"memory": peaks}
 
 
-def _compared(options: argparse.Namespace, parts: Parts, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
-    """Measure all rows, and print them."""
-    initial = trained(parts.denoiser().network)
-    space = parts.latent()
-    time = torch.randint(1000, (options.batch_size,), device=DEVICE)
+def _begin(name: str, words: list[str], batch: int) -> Trained:
+    """Of a way, in its process; its weights and first inputs are those of all."""
+    parts = Parts(compose("doctor", words))
+    network, space = trained(parts.denoiser().network).to(DEVICE), parts.latent()
+    time = torch.randint(1000, (batch,), device=DEVICE)
 
     def inputs(batch: dict[str, Any]) -> Inputs:
         moments, label = (batch[name].to(DEVICE, non_blocking=True) for name in ("latent", "label"))
         return space.draw(moments), time, label
 
+    batches = build(parts.cfg.data).batches(batch, 0)
     read = map(inputs, batches)
     fixed = next(read)
-    target = torch.randn(len(time), initial.out_channels, *fixed[0].shape[2:], device=DEVICE)
-    given: Any = {"inputs": read, "target": target}
-    again: Any = {"inputs": itertools.repeat(fixed), "target": target}
-    ways: list[Callable[[], Trained]] = [lambda: Ours("ours, eager", parts, copy.deepcopy(initial), **given)]
-    if options.compile:
-        ways.append(lambda: Ours("ours, compiled", parts, copy.deepcopy(initial), **given, compile=True))
-    if "published" in options.against:
-        ways.append(lambda: _published(initial, **again))
-    if "diffusers" in options.against:
-        ways.append(lambda: _diffusers("diffusers, eager", initial, AdamW, **again))
-        ways.append(lambda: _diffusers("diffusers, eager, fused AdamW", initial, _fused, **again))
-    rows, answers = list[Trained](), list[Tensor]()
-    for way in ways:
-        before = _allocated()
-        rows.append(row := way())
-        answers.append(row.answer(fixed))
-        torch.testing.assert_close(answers[-1], answers[0], atol=1e-3 if GPU else 1e-4, rtol=1e-2)  # all do the same
-        row.run(WARM)
-        row.own_bytes = _allocated() - before
-    rates, products = list[float](), _products(rows[0], fixed)
+    target = torch.randn(batch, network.out_channels, *fixed[0].shape[2:], device=DEVICE)
+    way = WAYS[name]
+    if way.peer:
+        batches.close()
+    given = itertools.repeat(fixed) if way.peer else itertools.chain([fixed], read)
+    return way.make(parts, network, inputs=given, target=target)
+
+
+def _compared(options: argparse.Namespace, parts: Parts, rows: list[Row]) -> dict[str, Any]:
+    """Measure all rows, and print them."""
+    answers = [row.trained.call("answer") for row in rows]
+    for answer in answers:
+        torch.testing.assert_close(answer, answers[0], atol=1e-3 if GPU else 1e-4, rtol=1e-2)  # all do the same
+    rates, products = list[float](), rows[0].trained.call("products")
+    for row in rows:
+        row.trained.call("run", WARM)
     for _ in range(options.repeats):
         rates.append(_matmul_rate(products))
         for row in rows:
             row.measure(options.steps)
-    ours = [row for row in rows if not row.peer][-1]
+    ours = [row for row in rows if not row.way.peer][-1]
     if options.trace:
-        _trace(ours, options.trace)
+        print(ours.trained.call("trace", options.trace))
         print(f"{options.trace} has {TRACED} steps of {ours.name}, for chrome://tracing or ui.perfetto.dev\n")
     rate, flops = statistics.median(rates), 6 * multiply_adds(parts) * options.batch_size
     _print(rows, ours, rate, flops, options.batch_size)
     found = {row.name: {**row.seconds, "peak": row.peak_bytes} for row in rows}
     return {"flops": flops, "rate": rate, "datasheet": datasheet(), "seconds": found}
+
+
+def _ours(parts: Parts, network: Any, *, compile: bool = False, **given: Any) -> Trained:
+    """As a recipe trains it, in the precision of the device."""
+    options = copy.deepcopy(parts.cfg.trainer)
+    options.compile = compile
+    Strategy.arrange(network, options)
+    return Trained(network, build(parts.cfg.optimizer), _average(parts), **given)
 
 
 def _average(parts: Parts) -> Callable[[nn.Module], Callable[[], None]]:
@@ -236,18 +281,16 @@ def _average(parts: Parts) -> Callable[[nn.Module], Callable[[], None]]:
     return make
 
 
-def _diffusers(name: str, initial: Any, optimizer: Callable[..., torch.optim.Optimizer], **given: Any) -> Trained:
+def _diffusers(_: Parts, network: Any, *, optimizer: Callable[..., torch.optim.Optimizer], **given: Any) -> Trained:
     def call(network: Any, x: Tensor, time: Tensor, label: Tensor) -> Tensor:
-        return network(x, timestep=time, class_labels=label, return_dict=False)[0]
+        output: Tensor = network(x, timestep=time, class_labels=label, return_dict=False)[0]
+        return output
 
-    row = Trained(name, diffusers_network(initial).to(DEVICE), optimizer, diffusers_average, **given, call=call)
-    row.tuned = optimizer is not AdamW
-    return row
+    return Trained(diffusers_network(network).to(DEVICE), optimizer, diffusers_average, **given, call=call)
 
 
-def _published(initial: Any, **given: Any) -> Trained:
-    network = published_network(initial).to(DEVICE)
-    return Trained("published recipe", network, _published_optimizer, published_average, **given, within=tf32)
+def _published(_: Parts, network: Any, **given: Any) -> Trained:
+    return Trained(published_network(network), _published_optimizer, published_average, **given, within=tf32)
 
 
 def _published_optimizer(parameters: list[nn.Parameter]) -> AdamW:
@@ -258,29 +301,13 @@ def _fused(parameters: list[nn.Parameter]) -> AdamW:
     return AdamW(parameters, fused=True)
 
 
-def _trace(row: Trained, path: str) -> None:
-    """Write what the profiler sees of some steps, and print the operations that take the most."""
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if GPU else [])]
-    with profile(activities=activities) as seen:
-        row.run(TRACED)
-    seen.export_chrome_trace(path)
-    column = "self_cuda_time_total" if GPU else "self_cpu_time_total"
-    print(seen.key_averages().table(sort_by=column, row_limit=15, max_name_column_width=50))
-
-
-def _products(row: Trained, inputs: Inputs) -> Counter[tuple[int, int, int]]:
-    """The matrix products of the linear layers that see every token: (rows, in, out), and how many there are."""
-    found: Counter[tuple[int, int, int]] = Counter()
-
-    def note(layer: nn.Linear, told: tuple[Tensor], _: Tensor) -> None:
-        if told[0].ndim == 3:
-            found[told[0].numel() // layer.in_features, layer.in_features, layer.out_features] += 1
-
-    hooks = [m.register_forward_hook(note) for m in row.network.modules() if isinstance(m, nn.Linear)]
-    row.answer(inputs)
-    for hook in hooks:
-        hook.remove()
-    return found
+WAYS = {
+    "ours, eager": Way(_ours),
+    "ours, compiled": Way(partial(_ours, compile=True), compiled=True),
+    "published recipe": Way(_published, peer="published"),
+    "diffusers, eager": Way(partial(_diffusers, optimizer=AdamW), peer="diffusers"),
+    "diffusers, eager, fused AdamW": Way(partial(_diffusers, optimizer=_fused), peer="diffusers", tuned=True),
+}
 
 
 @torch.no_grad()
@@ -302,9 +329,9 @@ def _matmul_rate(products: Counter[tuple[int, int, int]]) -> float:
     return flops / seconds
 
 
-def _print(rows: list[Trained], ours: Trained, rate: float, flops: int, batch: int) -> None:
+def _print(rows: list[Row], ours: Row, rate: float, flops: int, batch: int) -> None:
     """The table, and ours over the better of the peers, which is the last line."""
-    peers = sorted((row for row in rows if row.peer), key=lambda row: (row.tuned, statistics.median(row.steps)))
+    peers = sorted((row for row in rows if row.way.peer), key=lambda row: (row.way.tuned, statistics.median(row.steps)))
     base, sheet = (peers or rows)[0], datasheet()
     print(f"matmul rate {rate / 1e9:,.1f} GFLOP/s, {flops / 1e9:,.1f} GFLOP a step", end="\n\n")
     heads = ["", "step, ms", *PARTS, "images/s", f"over {base.name}", "of the matmul rate", "of the data sheet"]
@@ -353,7 +380,7 @@ def _peak(parts: Parts, batch: int) -> int | None:
             inputs = x, *torch.zeros(2, batch, dtype=torch.long, device=DEVICE)
             network = trained(parts.denoiser("meta").network.to_empty(device=DEVICE))
             target = torch.zeros(batch, network.out_channels, *x.shape[2:], device=DEVICE)
-            Ours("", parts, network, inputs=itertools.repeat(inputs), target=target).run(2)
+            _ours(parts, network.to(DEVICE), inputs=itertools.repeat(inputs), target=target).run(2)
         except torch.OutOfMemoryError:
             return None
     return torch.cuda.max_memory_allocated() - before if alive is None else alive.most

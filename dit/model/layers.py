@@ -18,7 +18,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, N, D)."""
-        return self.proj(x).flatten(2).transpose(1, 2)
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()  # all that follows keeps the layout of these
 
 
 class BottleneckPatchEmbed(nn.Module):
@@ -31,7 +31,7 @@ class BottleneckPatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, N, D)."""
-        return self.proj2(self.proj1(x)).flatten(2).transpose(1, 2)
+        return self.proj2(self.proj1(x)).flatten(2).transpose(1, 2).contiguous()
 
 
 class TimestepEmbedder(nn.Module):

@@ -4,6 +4,8 @@ A network names the modules that are treated as one, its `units`; what is done t
 of parameters stay as they are. The order is: activation checkpointing, compile, CUDA graphs.
 """
 
+import ctypes
+import sys
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -49,12 +51,14 @@ def arrange(
             f"trainer.{option}: model {type(network).__name__} names no units to compile or to checkpoint; leave it out"
         )
     options = None
-    if compile and not torch.cuda.is_available():
-        _check_compiler()
-        if _amd():
-            from dit.train import products  # the compiler takes seconds to import
+    if not torch.cuda.is_available():
+        _keep_memory()
+        if compile:
+            _check_compiler()
+            if _amd():
+                from dit.train import products  # the compiler takes seconds to import
 
-            options = products.options()
+                options = products.options()
     if channels_last:
         network.to(memory_format=torch.channels_last)
     for module in network.modules():
@@ -82,6 +86,19 @@ def _check_compiler() -> None:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
         raise ValueError("trainer.compile=true needs a C++ compiler: install g++, or name one by CXX=") from error
+
+
+@cache
+def _keep_memory() -> None:
+    """Have glibc keep what tensors leave: else much of it goes back at each step, and is taken anew, page by page.
+
+    Up to 2 GiB are kept at the end of the heap; tensors above 32 MiB go their own ways, as always. Measured:
+    tools/benchmarks/train.md.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at the most that it takes
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, likewise
 
 
 @cache

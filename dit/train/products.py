@@ -14,6 +14,7 @@ from torch._inductor.lowering import fallback_handler, register_lowering
 
 SMALLEST = 64  # rows, and features in and out: below it oneDNN takes longer to begin than is gained
 FEW = 8  # images: the gradient of a weight that sees them, and not their tokens, is written faster than MKL multiplies
+WIDE = 3  # columns to a row of a gradient, from which oneDNN is faster
 
 aten = torch.ops.aten
 _library = torch.library.Library("dit", "DEF")
@@ -42,8 +43,9 @@ def _lowered(x: Any, weight: Any, bias: Any) -> Any:
 class Products(CustomGraphPass):
     """Changes the products of a compiled graph, forward and backward, where others are faster.
 
-    Those of activations and weights are oneDNN's; those over a few images are sums of outer products; sums of rows are
-    products with ones. The rest stay, such as gradients of weights, in which MKL is as fast. All are float32. The
+    Those of activations and weights are oneDNN's, and gradients of weights of many more features in than out; those
+    over a few images are sums of outer products; sums of rows are products with ones. The rest stay, such as other
+    gradients of weights, in which MKL is faster. All are float32. The
     compiler calls it after derivatives are taken, and tensors are those of one device, so that nothing else need know
     of it. Measured: tools/benchmarks/train.md.
     """
@@ -68,7 +70,9 @@ class Products(CustomGraphPass):
 def _addmm(graph: fx.Graph, bias: fx.Node | None, x: fx.Node, matrix: fx.Node) -> fx.Node | None:
     left, right = x.meta["val"], matrix.meta["val"]
     sizes = (len(left), *right.shape)
-    if min(sizes) >= SMALLEST and left.is_contiguous() and (bias is None or bias.meta["val"].ndim == 1):
+    large = min(right.shape) >= SMALLEST and (sizes[0] >= SMALLEST or sizes[0] <= FEW)
+    flat = sizes[2] >= WIDE * sizes[0]  # the gradient of a weight of fewer features out than in
+    if large and (left.is_contiguous() or flat) and (bias is None or bias.meta["val"].ndim == 1):
         return _node(graph, torch.ops.dit.linear.default, x, _node(graph, aten.permute.default, matrix, [1, 0]), bias)
     if sizes[1] <= FEW and min(sizes[::2]) >= SMALLEST and bias is None:
         return _outer(graph, x, matrix, sizes[1])

@@ -1,0 +1,47 @@
+"""Objects in processes of their own, which benches measure in turn: each has memory to itself, as a run has."""
+
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import torch
+
+_made: Any = None  # in the process of an Apart, its object
+
+
+class Apart:
+    """An object in a process of its own, whose methods are called from here; a `with` ends it.
+
+    Args:
+        make: what makes it there. It can be pickled, as what it takes, and what methods take and return.
+        *args: of it.
+    """
+
+    def __init__(self, make: Callable[..., Any], *args: Any):
+        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        try:
+            self._pool.submit(_make, torch.get_num_threads(), make, args).result()
+        except BaseException:
+            self._pool.shutdown()
+            raise
+
+    def call(self, method: str, *args: Any) -> Any:
+        """What this method of the object returns."""
+        return self._pool.submit(_call, method, args).result()
+
+    def __enter__(self) -> "Apart":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+
+def _make(threads: int, make: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    global _made
+    torch.set_num_threads(threads)
+    _made = make(*args)
+
+
+def _call(method: str, args: tuple[Any, ...]) -> Any:
+    return getattr(_made, method)(*args)
