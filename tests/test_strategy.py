@@ -1,4 +1,6 @@
 import json
+import resource
+import sys
 from pathlib import Path
 
 import pytest
@@ -177,6 +179,19 @@ def test_what_cannot_be_arranged_is_refused():
         nowhere = inductor.patch({"cpp.cxx": (None, "/nowhere/g++")})
         with nowhere, pytest.raises(ValueError, match="compile=true needs a C\\+\\+ compiler: install"):
             arrange(network, compile=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(), reason="of glibc, where there is no GPU")
+def test_memory_that_tensors_leave_is_kept():
+    arrange(torch.nn.Linear(2, 3))
+
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        tensors = [torch.ones(2**22) for _ in range(6)]  # of 16 MiB
+        del tensors
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    assert [faults() for _ in range(4)][-1] < 2**10  # pages, of 6 x 2^12
 
 
 def test_products_of_compiled_code_are_chosen_by_their_sizes():

@@ -1,6 +1,6 @@
 """`python tools/bench.py sample`: images a second from labels to pixels, beside diffusers' `DiTPipeline`.
 
-Both have the same weights and draw the same images from the same noise, which is checked.
+Both have the same weights and draw the same images from the same noise, which is checked, each in a process of its own.
 """
 
 import argparse
@@ -10,14 +10,16 @@ import io
 import itertools
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from bench_apart import Apart
 from bench_fixtures import trained, vae
 from bench_machine import DEVICE, GPU, measured, ratio
-from torch import Tensor, nn
+from torch import Tensor
 
 from dit.command.compose import compose
 from dit.train.build import Parts
@@ -30,55 +32,141 @@ RECIPE = ["experiment=imagenet256_dit_s_2", "data.path=x", *TOLD]
 AGREE = 3  # levels of 255, by which some pixels may differ
 
 
-def sample(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure and print; each way draws the same images from the same noise, in turn."""
-    with tempfile.TemporaryDirectory() as folder:
-        vae(Path(folder) / "vae")
-        cfg = compose("train", _words(options, f"{folder}/vae"))
-        parts = Parts(cfg)
-        weights = dict(trained(parts.denoiser().network).state_dict())
-        interval = Parts(compose("train", [*_words(options, f"{folder}/vae"), f"guidance.interval={options.interval}"]))
-        noise = torch.randn(options.images, *parts.latent().shape, generator=torch.Generator().manual_seed(0))
-        labels = torch.arange(options.images) % 1000
+class Ours:
+    """Our network, and what it draws by one configuration or another.
 
-        ways: dict[str, Callable[[], Any]] = {}
+    Args:
+        words: of the configuration that it is trained by.
+        images: drawn at once.
+        execution: of `arrange`.
+    """
+
+    def __init__(self, words: list[str], images: int, execution: dict[str, Any]):
+        parts = Parts(compose("train", words))
+        self.network = trained(parts.denoiser().network).to(DEVICE).eval()
+        arrange(self.network, **execution)
+        self.noise = torch.randn(images, *parts.latent().shape, generator=torch.Generator().manual_seed(0))
+        self.labels = torch.arange(images) % 1000
+        self._works: dict[tuple[str, ...], Callable[[], Tensor]] = {}
+
+    def draw(self, words: list[str], plain: Sequence[str] = ()) -> Tensor:
+        """The images.
+
+        Args:
+            words: of the configuration.
+            plain: of experiment=digits, whose sampler and grid are taken instead of these.
+        """
+        return self._work(words, plain)().cpu()
+
+    def seconds(self, words: list[str], plain: Sequence[str] = ()) -> float:
+        """What drawing takes."""
+        return measured(self._work(words, plain), 1)
+
+    def _work(self, words: list[str], plain: Sequence[str]) -> Callable[[], Tensor]:
+        known = self._works.get((*words, *plain))
+        if known is None:
+            cfg = compose("train", words)
+            if plain:
+                other = compose("train", ["experiment=digits", *plain])
+                cfg.sampler, cfg.grid = other.sampler, other.grid
+            known = self._works[(*words, *plain)] = self._pipeline(Parts(cfg))
+        return known
+
+    def _pipeline(self, parts: Parts) -> Callable[[], Tensor]:
+        denoiser = parts.denoiser("meta").eval()
+        denoiser.network = self.network
+        pipeline = parts.pipeline(denoiser, parts.latent().to(DEVICE))
+        sigma = parts.schedule(pipeline.times[0]).sigma.float()
+        noise = (self.noise / sigma).to(DEVICE)
+        return lambda: pipeline({"label": self.labels}, len(self.labels), noise=noise)
+
+
+class Peer:
+    """What `dit export format=diffusers` makes of the same network, in a folder, and draws."""
+
+    def __init__(self, words: list[str], images: int, scale: float, steps: int, folder: Path):
+        import diffusers
+
+        cfg = compose("train", words)
+        weights = dict(trained(Parts(cfg).denoiser().network).state_dict())
+        about = {"format": "diffusers", "precision": "float32", "weights": "ema", "step": 0, "parameters": 0}
+        folder.mkdir()
+        with contextlib.redirect_stdout(io.StringIO()):
+            Exporting(folder.parent, copy.deepcopy(cfg), weights, about).write(folder)
+        self.pipeline: Any = diffusers.DiTPipeline.from_pretrained(folder).to(DEVICE)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.labels = [label % 1000 for label in range(images)]
+        self.asked = {"guidance_scale": scale, "num_inference_steps": steps, "output_type": "np"}
+
+    def draw(self) -> Tensor:
+        """The images."""
+        generator = torch.Generator().manual_seed(0)
+        images = self.pipeline(self.labels, generator=generator, **self.asked).images
+        return torch.from_numpy(images).permute(0, 3, 1, 2) * 255
+
+    def seconds(self) -> float:
+        """What drawing takes."""
+        return measured(self.draw, 1)
+
+
+class Row(NamedTuple):
+    """Of the table: what draws, in a process of its own, and how."""
+
+    drawn: Apart
+    asked: tuple[Any, ...] = ()
+
+    def call(self, method: str) -> Any:
+        """What this method returns."""
+        return self.drawn.call(method, *self.asked)
+
+
+def sample(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure and print; each row draws the same images from the same noise, in turn."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as processes:
+
+        def apart(*made: Any) -> Apart:
+            return processes.enter_context(Apart(*made))
+
+        vae(Path(folder) / "vae")
+        full = _words(options, f"{folder}/vae")
+        within = [*full, f"guidance.interval={options.interval}"]
+        for words in (full, within):
+            Parts(compose("train", words))  # what does not fit fails here
+        rows: dict[str, Row] = {}
         if options.against:
-            pipeline = _peer(cfg, weights, Path(folder) / "stock")
-            asked = {"guidance_scale": options.scale, "num_inference_steps": options.steps, "output_type": "np"}
-            ways[PEER] = lambda: pipeline(labels.tolist(), generator=torch.Generator().manual_seed(0), **asked).images
-        executions = _executions(options.compile).items()
-        networks = {name: _network(parts, weights, **execution) for name, execution in executions}
-        ways |= {f"ours, {name}": _ours(parts, network, noise, labels) for name, network in networks.items()}
-        fastest, network = list(networks.items())[-1]
-        ways[f"ours, {fastest}, guided within {options.interval}"] = _ours(interval, network, noise, labels)
-        drawn = {name: work() for name, work in ways.items()}  # warm
+            made = full, options.images, options.scale, options.steps, Path(folder) / "stock"
+            rows[PEER] = Row(apart(Peer, *made))
+        executions = _executions(options.compile)
+        ours = {name: apart(Ours, full, options.images, execution) for name, execution in executions.items()}
+        rows |= {f"ours, {name}": Row(drawn, (full,)) for name, drawn in ours.items()}
+        fastest = list(ours)[-1]
+        rows[f"ours, {fastest}, guided within {options.interval}"] = Row(ours[fastest], (within,))
+        drawn = {name: row.call("draw") for name, row in rows.items()}  # warm
         if options.against:
             _check_same(drawn[PEER], drawn["ours, eager"])
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        seconds: dict[str, list[float]] = {name: [] for name in rows}
         for _ in range(options.repeats):
-            for name, work in ways.items():
-                seconds[name].append(measured(work, 1))
+            for name, row in rows.items():
+                seconds[name].append(row.call("seconds"))
         print(f"{options.images} images in {options.steps} steps, guidance {options.scale:g}")
-        base = next(iter(ways))
+        base = next(iter(rows))
         print(f"\n| | images a second | time over that of {base} (least - most) |\n|---|---|---|")
         for name, found in seconds.items():
             print(
                 f"| {name} | {options.images / statistics.median(found):.3f} | {ratio(found, seconds[base], '.3f')} |"
             )
-        table = _table(options, f"{folder}/vae", network, noise, labels)
+        table = _table(options, f"{folder}/vae", ours[fastest])
     return {"seconds": seconds, "table": table}
 
 
-def _executions(compile: bool) -> dict[str, dict[str, bool]]:
+def _executions(compile: bool) -> dict[str, dict[str, Any]]:
     """Ways of ours, the fastest last."""
     compiled = {"compiled": {"compile": True}} if compile else {}
     replayed = {"compiled, CUDA graphs": {"compile": True, "cuda_graphs": True}} if compile and GPU else {}
     return {"eager": {}, **compiled, **replayed}
 
 
-def _table(
-    options: argparse.Namespace, vae: str, network: nn.Module, noise: Tensor, labels: Tensor
-) -> list[dict[str, Any]]:
+def _table(options: argparse.Namespace, vae: str, ours: Apart) -> list[dict[str, Any]]:
     """Rows by sampler, steps and guidance, printed."""
     full = [f"guidance.scale={options.scale}"]
     guided = {"none": [], "full": full, "interval": [*full, f"guidance.interval={options.interval}"]}
@@ -86,12 +174,10 @@ def _table(
     if options.samplers:
         print("\n| sampler | steps | guidance | images a second |\n|---|---|---|---|")
     for sampler, steps, guidance in itertools.product(options.samplers, options.table_steps, guided):
-        cfg = compose("train", [*RECIPE, f"latent.name={vae}", *options.overrides, *guided[guidance]])
-        plain = compose("train", ["experiment=digits", f"sampler={sampler}", f"sampler.num_steps={steps}"])
-        cfg.sampler, cfg.grid = plain.sampler, plain.grid  # the recipe's own are of a learned variance
-        work = _ours(Parts(cfg), network, noise, labels)
-        work()
-        seconds = [measured(work, 1) for _ in range(options.repeats)]
+        words = [*RECIPE, f"latent.name={vae}", *options.overrides, *guided[guidance]]
+        row = Row(ours, (words, [f"sampler={sampler}", f"sampler.num_steps={steps}"]))  # the recipe's: learned variance
+        row.call("draw")
+        seconds = [row.call("seconds") for _ in range(options.repeats)]
         rate = options.images / statistics.median(seconds)
         print(f"| {sampler} | {steps} | {guidance} | {rate:.3f} |", flush=True)
         rows.append({"sampler": sampler, "steps": steps, "guidance": guidance, "seconds": seconds})
@@ -105,36 +191,7 @@ def _words(options: argparse.Namespace, vae: str) -> list[str]:
     return [*RECIPE, *ddim, f"latent.name={vae}", *options.overrides, *sampled]
 
 
-def _peer(cfg: Any, weights: dict[str, Tensor], folder: Path) -> Any:
-    """What `dit export format=diffusers` makes of it."""
-    import diffusers
-
-    about = {"format": "diffusers", "precision": "float32", "weights": "ema", "step": 0, "parameters": 0}
-    folder.mkdir()
-    with contextlib.redirect_stdout(io.StringIO()):
-        Exporting(folder, copy.deepcopy(cfg), weights, about).write(folder)
-    pipeline = diffusers.DiTPipeline.from_pretrained(folder).to(DEVICE)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def _network(parts: Parts, weights: dict[str, Tensor], **execution: Any) -> nn.Module:
-    network = parts.denoiser().network
-    network.load_state_dict(weights)
-    network.to(DEVICE).eval()
-    arrange(network, **execution)
-    return network
-
-
-def _ours(parts: Parts, network: nn.Module, noise: Tensor, labels: Tensor) -> Callable[[], Tensor]:
-    denoiser = parts.denoiser("meta").eval()
-    denoiser.network = network
-    pipeline = parts.pipeline(denoiser, parts.latent().to(DEVICE))
-    sigma = parts.schedule(pipeline.times[0]).sigma.float()
-    return lambda: pipeline({"label": labels}, len(labels), noise=(noise / sigma).to(DEVICE))
-
-
-def _check_same(theirs: Any, ours: Tensor) -> None:
+def _check_same(theirs: Tensor, ours: Tensor) -> None:
     """Both draw the same images."""
-    apart = (torch.from_numpy(theirs).permute(0, 3, 1, 2) * 255 - ours.float().cpu()).abs()
+    apart = (theirs - ours.float()).abs()
     assert apart.mean() < 1 and apart.quantile(0.99) <= AGREE, f"{apart.mean():.3g}, at most {apart.max():.3g}"

@@ -365,6 +365,8 @@ def _peaks(parts: Parts, sizes: Sequence[int]) -> list[dict[str, Any]]:
         print(f"| {batch} | {checkpointing} | {found} | {predicted / GIB:.2f} | {off} |", flush=True)
         rows.append({"images": batch, "checkpointing": checkpointing, "peak": peak, "predicted": predicted})
     print(end="\n" if rows else "")
+    if GPU:
+        torch.cuda.empty_cache()  # for the processes of the rows
     return rows
 
 
