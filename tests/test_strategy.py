@@ -204,14 +204,17 @@ def test_products_of_compiled_code_are_chosen_by_their_sizes():
         y = torch.nn.functional.linear(x, weight, bias)
         return y, *torch.autograd.grad(y.square().sum(), (x, weight, bias))
 
-    def traced(rows, told, out):
+    def traced(rows, told, out, frozen=False):
         inputs = [torch.randn(*shape, requires_grad=True) for shape in ((rows, told), (out, told), (out,))]
         graph = make_fx(gradients, tracing_mode="fake")(*inputs)
-        products.Products()(graph.graph)
+        products.Products(frozen)(graph.graph)
         graph.graph.lint()
         graph.recompile()
-        for ours, expected in zip(graph(*inputs), gradients(*inputs), strict=True):
-            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-3)
+        for _ in range(2):
+            for ours, expected in zip(graph(*inputs), gradients(*inputs), strict=True):
+                torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-3)
+            with torch.no_grad():
+                inputs[1].mul_(2)  # a weight that was packed is packed anew
         return [node.target for node in graph.graph.nodes if node.op == "call_function"]
 
     found = traced(128, 64, 96)  # the output and the gradient of x; that of the weight is as before, of the bias new
@@ -221,6 +224,8 @@ def test_products_of_compiled_code_are_chosen_by_their_sizes():
     few = traced(8, 64, 96)  # rows: the gradient of the weight is a sum of outer products
     assert few.count(torch.ops.dit.linear.default) == 2 and torch.ops.aten.mm.default not in few
     assert traced(16, 64, 96).count(torch.ops.aten.mm.default) == 2
+    kept = traced(128, 96, 96, frozen=True)  # the weight of the output, and not its transpose for the gradient of x
+    assert kept.count(torch.ops.dit.packed.default) == 1 and kept.count(torch.ops.dit.linear.default) == 1
 
 
 def test_without_a_gpu_no_forward_is_captured():

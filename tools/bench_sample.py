@@ -44,7 +44,7 @@ class Ours:
     def __init__(self, words: list[str], images: int, execution: dict[str, Any]):
         parts = Parts(compose("train", words))
         self.network = trained(parts.denoiser().network).to(DEVICE).eval()
-        arrange(self.network, **execution)
+        arrange(self.network, **execution, frozen=True)  # as of dit.load
         self.noise = torch.randn(images, *parts.latent().shape, generator=torch.Generator().manual_seed(0))
         self.labels = torch.arange(images) % 1000
         self._works: dict[tuple[str, ...], Callable[[], Tensor]] = {}

@@ -27,6 +27,7 @@ def arrange(
     compile: bool = False,
     channels_last: bool = False,
     cuda_graphs: bool = False,
+    frozen: bool = False,
 ) -> None:
     """Set in place how a network is executed; what it computes stays the same.
 
@@ -38,6 +39,7 @@ def arrange(
         compile: each unit by torch.compile.
         channels_last: store images with channels last, as convolutions of GPUs want them.
         cuda_graphs: on a GPU, without gradients, forwards are replayed as CUDA graphs.
+        frozen: weights stay as they are; compiled code of AMD CPUs keeps a copy of them in an order of its own.
 
     Raises:
         ValueError: if there is no such choice, the network has no units, or nothing here compiles.
@@ -58,7 +60,7 @@ def arrange(
             if _amd():
                 from dit.train import products  # the compiler takes seconds to import
 
-                options = products.options()
+                options = products.options(frozen)
     if channels_last:
         network.to(memory_format=torch.channels_last)
     for module in network.modules():

@@ -64,7 +64,7 @@ def load(
     parts, scale = _parts_at(folder, path, chosen)
     denoiser = trained.load(parts, path, weights).to(device)
     try:
-        arrange(denoiser.network, compile=compile, cuda_graphs=cuda_graphs)
+        arrange(denoiser.network, compile=compile, cuda_graphs=cuda_graphs, frozen=True)
     except ValueError as error:
         raise ValueError(str(error).removeprefix("trainer.")) from error  # there the key is another's
     at = trained.state_of(path).step

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.lowering import fallback_handler, register_lowering
+from torch.utils.weak import WeakTensorKeyDictionary
 
 SMALLEST = 64  # rows, and features in and out: below it oneDNN takes longer to begin than is gained
 FEW = 8  # images: the gradient of a weight that sees them, and not their tokens, is written faster than MKL multiplies
@@ -19,6 +20,8 @@ WIDE = 3  # columns to a row of a gradient, from which oneDNN is faster
 aten = torch.ops.aten
 _library = torch.library.Library("dit", "DEF")
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_library.define("packed(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_in_order = WeakTensorKeyDictionary()  # weight -> its version, rows, and as oneDNN wants it
 
 
 @torch.library.impl(_library, "linear", "CPU")
@@ -28,6 +31,18 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product
 
 
+@torch.library.impl(_library, "packed", "CPU")
+def _packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same, of a weight that stays for long: in the order that oneDNN wants, it is kept beside what it is."""
+    now = (None if weight.is_inference() else weight._version, weight.data_ptr(), len(x))
+    then, ordered = _in_order.get(weight, (None, None))
+    if then != now:
+        ordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), len(x))
+        _in_order[weight] = now, ordered
+    return _linear(x, ordered, bias)
+
+
+@torch.library.register_fake("dit::packed", lib=_library)
 @torch.library.register_fake("dit::linear", lib=_library)
 def _shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(len(x), len(weight))
@@ -48,7 +63,14 @@ class Products(CustomGraphPass):
     gradients of weights, in which MKL is faster. All are float32. The
     compiler calls it after derivatives are taken, and tensors are those of one device, so that nothing else need know
     of it. Measured: tools/benchmarks/train.md.
+
+    Args:
+        frozen: weights stay as they are, so that it pays to put them in order once; they are, again, if they change in
+            place after all.
     """
+
+    def __init__(self, frozen: bool = False):
+        self.frozen = frozen
 
     def __call__(self, graph: fx.Graph) -> None:
         """Change it in place."""
@@ -59,12 +81,14 @@ class Products(CustomGraphPass):
             with graph.inserting_before(node):
                 changed = change(graph, *node.args)
             if changed is not None:
+                if self.frozen:
+                    _pack(changed)
                 node.replace_all_uses_with(changed)
                 graph.erase_node(node)
 
     def uuid(self) -> str:
         """What the compiler's cache knows it by."""
-        return hashlib.sha256(inspect.getsource(sys.modules[__name__]).encode()).hexdigest()
+        return hashlib.sha256(f"{inspect.getsource(sys.modules[__name__])}{self.frozen}".encode()).hexdigest()
 
 
 def _addmm(graph: fx.Graph, bias: fx.Node | None, x: fx.Node, matrix: fx.Node) -> fx.Node | None:
@@ -81,6 +105,18 @@ def _addmm(graph: fx.Graph, bias: fx.Node | None, x: fx.Node, matrix: fx.Node) -
 
 def _mm(graph: fx.Graph, x: fx.Node, matrix: fx.Node) -> fx.Node | None:
     return _addmm(graph, None, x, matrix)
+
+
+def _pack(product: fx.Node) -> None:
+    """Take the packed form, where the weight is an input of the graph as it is."""
+    if product.target is not torch.ops.dit.linear.default:
+        return
+    x, weight, bias = product.args
+    turned = False
+    while weight.target in (aten.permute.default, aten.t.default):
+        weight, turned = weight.args[0], not turned
+    if weight.op == "placeholder" and not turned and len(x.meta["val"]) >= SMALLEST:
+        product.target, product.args = torch.ops.dit.packed.default, (x, weight, bias)
 
 
 def _outer(graph: fx.Graph, x: fx.Node, matrix: fx.Node, number: int) -> fx.Node:
@@ -128,9 +164,9 @@ def _node(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
 
 
 @cache
-def options() -> dict[str, Any]:
+def options(frozen: bool) -> dict[str, Any]:
     """Of torch.compile, the same for each unit: they share code if these are the same objects.
 
     Tanh is 2 / (1 + e^-2x) - 1, twice as fast, and within 1e-7 of it absolutely, which is what GELU needs.
     """
-    return {"post_grad_custom_post_pass": Products(), "cpp.use_decompose_tanh": True}
+    return {"post_grad_custom_post_pass": Products(frozen), "cpp.use_decompose_tanh": True}
