@@ -181,6 +181,33 @@ def test_what_cannot_be_arranged_is_refused():
             arrange(network, compile=True)
 
 
+def test_a_packed_weight_is_that_of_now():
+    from dit.train import products  # takes seconds
+
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("torch has no oneDNN here")
+    x, before = torch.randn(64, 96), len(products._in_order)
+
+    def check(weight, rows=64):
+        torch.testing.assert_close(torch.ops.dit.packed(x[:rows], weight, None), x[:rows] @ weight.T)
+
+    weight = torch.nn.Parameter(torch.randn(128, 96), requires_grad=False)
+    for rows in (64, 8, 64):
+        check(weight, rows)
+    for _ in range(20):  # the second has the memory of the one before
+        weight.data = weight.data * 1.1
+        weight.data = weight.data * 1.1
+        check(weight)
+    with torch.inference_mode():
+        told = torch.randn(128, 96)
+        for _ in range(2):
+            check(told)
+            told.mul_(2)
+    assert len(products._in_order) == before + 1
+    del weight
+    assert len(products._in_order) == before
+
+
 @pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(), reason="of glibc, where there is no GPU")
 def test_memory_that_tensors_leave_is_kept():
     arrange(torch.nn.Linear(2, 3))

@@ -1,8 +1,11 @@
 """Objects in processes of their own, which benches measure in turn: each has memory to itself, as a run has."""
 
 import multiprocessing
+import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from threading import Thread
 from typing import Any
 
 import torch
@@ -16,19 +19,28 @@ class Apart:
     Args:
         make: what makes it there. It can be pickled, as what it takes, and what methods take and return.
         *args: of it.
+
+    Raises:
+        ValueError: if the process is killed.
     """
 
     def __init__(self, make: Callable[..., Any], *args: Any):
         self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         try:
-            self._pool.submit(_make, torch.get_num_threads(), make, args).result()
+            self._run(_make, torch.get_num_threads(), make, args)
         except BaseException:
             self._pool.shutdown()
             raise
 
     def call(self, method: str, *args: Any) -> Any:
         """What this method of the object returns."""
-        return self._pool.submit(_call, method, args).result()
+        return self._run(_call, method, args)
+
+    def _run(self, work: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return self._pool.submit(work, *args).result()
+        except BrokenProcessPool as error:
+            raise ValueError("the process of a row was killed, for its memory perhaps: take fewer images") from error
 
     def __enter__(self) -> "Apart":
         return self
@@ -39,9 +51,18 @@ class Apart:
 
 def _make(threads: int, make: Callable[..., Any], args: tuple[Any, ...]) -> None:
     global _made
+    Thread(target=_follow, daemon=True).start()
     torch.set_num_threads(threads)
     _made = make(*args)
 
 
 def _call(method: str, args: tuple[Any, ...]) -> Any:
     return getattr(_made, method)(*args)
+
+
+def _follow() -> None:
+    """End with the process that began this one, however that ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -39,7 +39,8 @@ def arrange(
         compile: each unit by torch.compile.
         channels_last: store images with channels last, as convolutions of GPUs want them.
         cuda_graphs: on a GPU, without gradients, forwards are replayed as CUDA graphs.
-        frozen: weights stay as they are; compiled code of AMD CPUs keeps a copy of them in an order of its own.
+        frozen: weights stay as they are; compiled code of AMD CPUs keeps a copy of them in an order of its own, and
+            does not see what is written to them through `.data` or by numpy.
 
     Raises:
         ValueError: if there is no such choice, the network has no units, or nothing here compiles.

@@ -21,7 +21,7 @@ aten = torch.ops.aten
 _library = torch.library.Library("dit", "DEF")
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _library.define("packed(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-_in_order = WeakTensorKeyDictionary()  # weight -> its version, rows, and as oneDNN wants it
+_in_order = WeakTensorKeyDictionary()  # weight -> its version and address, as oneDNN wants it, its storage
 
 
 @torch.library.impl(_library, "linear", "CPU")
@@ -34,11 +34,13 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @torch.library.impl(_library, "packed", "CPU")
 def _packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The same, of a weight that stays for long: in the order that oneDNN wants, it is kept beside what it is."""
-    now = (None if weight.is_inference() else weight._version, weight.data_ptr(), len(x))
-    then, ordered = _in_order.get(weight, (None, None))
+    if weight.is_inference():  # whose changes nobody counts
+        return _linear(x, weight, bias)
+    now = weight._version, weight.data_ptr()
+    then, ordered, _ = _in_order.get(weight, (None, None, None))
     if then != now:
-        ordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), len(x))
-        _in_order[weight] = now, ordered
+        ordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), len(x))  # as fast with other rows
+        _in_order[weight] = now, ordered, weight.untyped_storage()  # so that no other has this address
     return _linear(x, ordered, bias)
 
 
@@ -60,13 +62,12 @@ class Products(CustomGraphPass):
 
     Those of activations and weights are oneDNN's, and gradients of weights of many more features in than out; those
     over a few images are sums of outer products; sums of rows are products with ones. The rest stay, such as other
-    gradients of weights, in which MKL is faster. All are float32. The
-    compiler calls it after derivatives are taken, and tensors are those of one device, so that nothing else need know
-    of it. Measured: tools/benchmarks/train.md.
+    gradients of weights, in which MKL is faster. All are float32. The compiler calls it after derivatives are taken,
+    and tensors are those of one device, so that nothing else need know of it. Measured: tools/benchmarks/train.md.
 
     Args:
-        frozen: weights stay as they are, so that it pays to put them in order once; they are, again, if they change in
-            place after all.
+        frozen: weights stay as they are, so that it pays to put them in order once. If they change in place after all
+            it is done again, but nobody sees what is written through `.data` or by numpy.
     """
 
     def __init__(self, frozen: bool = False):
@@ -96,7 +97,7 @@ def _addmm(graph: fx.Graph, bias: fx.Node | None, x: fx.Node, matrix: fx.Node) -
     sizes = (len(left), *right.shape)
     large = min(right.shape) >= SMALLEST and (sizes[0] >= SMALLEST or sizes[0] <= FEW)
     flat = sizes[2] >= WIDE * sizes[0]  # the gradient of a weight of fewer features out than in
-    if large and (left.is_contiguous() or flat) and (bias is None or bias.meta["val"].ndim == 1):
+    if large and (left.is_contiguous() or flat) and (bias is None or _row(bias, sizes[2])):
         return _node(graph, torch.ops.dit.linear.default, x, _node(graph, aten.permute.default, matrix, [1, 0]), bias)
     if sizes[1] <= FEW and min(sizes[::2]) >= SMALLEST and bias is None:
         return _outer(graph, x, matrix, sizes[1])
@@ -111,7 +112,8 @@ def _pack(product: fx.Node) -> None:
     """Take the packed form, where the weight is an input of the graph as it is."""
     if product.target is not torch.ops.dit.linear.default:
         return
-    x, weight, bias = product.args
+    told: Any = product.args
+    x, weight, bias = told
     turned = False
     while weight.target in (aten.permute.default, aten.t.default):
         weight, turned = weight.args[0], not turned
@@ -154,6 +156,12 @@ def _float32(node: fx.Node) -> bool:
     """Whether all tensors are so, and on a CPU."""
     values = [argument.meta.get("val") for argument in node.all_input_nodes]
     return all(isinstance(v, Tensor) and v.device.type == "cpu" and v.dtype == torch.float32 for v in values)
+
+
+def _row(bias: fx.Node, out: int) -> bool:
+    """Whether it is as oneDNN reads it."""
+    value = bias.meta["val"]
+    return value.shape == (out,) and value.is_contiguous()
 
 
 def _node(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
