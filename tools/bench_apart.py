@@ -1,14 +1,14 @@
 """Objects in processes of their own, which benches measure in turn: each has memory to itself, as a run has."""
 
 import multiprocessing
-import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from threading import Thread
 from typing import Any
 
 import torch
+
+from dit.train.launch import end_with_parent
 
 _made: Any = None  # in the process of an Apart, its object
 
@@ -25,7 +25,7 @@ class Apart:
     """
 
     def __init__(self, make: Callable[..., Any], *args: Any):
-        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), end_with_parent)
         try:
             self._run(_make, torch.get_num_threads(), make, args)
         except BaseException:
@@ -51,18 +51,9 @@ class Apart:
 
 def _make(threads: int, make: Callable[..., Any], args: tuple[Any, ...]) -> None:
     global _made
-    Thread(target=_follow, daemon=True).start()
     torch.set_num_threads(threads)
     _made = make(*args)
 
 
 def _call(method: str, args: tuple[Any, ...]) -> Any:
     return getattr(_made, method)(*args)
-
-
-def _follow() -> None:
-    """End with the process that began this one, however that ends."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

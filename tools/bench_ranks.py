@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dit.train.launch import end_with_parent
+
 
 def ranks(number: int, work: Callable[..., Any], *args: Any, gpus: bool = False) -> list[Any]:
     """What each of so many processes of this machine returns; several are a group, by gloo, or by NCCL.
@@ -28,7 +30,7 @@ def ranks(number: int, work: Callable[..., Any], *args: Any, gpus: bool = False)
         raise ValueError(f"--processes {number}, but there are {torch.cuda.device_count()} GPUs: take as many at most")
     with (
         tempfile.TemporaryDirectory() as folder,
-        ProcessPoolExecutor(number, multiprocessing.get_context("spawn")) as pool,
+        ProcessPoolExecutor(number, multiprocessing.get_context("spawn"), end_with_parent) as pool,
     ):
         futures = [pool.submit(_rank, rank, number, gpus, folder, work, args) for rank in range(number)]
         return [future.result() for future in futures]

@@ -5,7 +5,6 @@ Both have the same weights and draw the same images from the same noise, which i
 
 import argparse
 import contextlib
-import copy
 import io
 import itertools
 import statistics
@@ -92,7 +91,7 @@ class Peer:
         about = {"format": "diffusers", "precision": "float32", "weights": "ema", "step": 0, "parameters": 0}
         folder.mkdir()
         with contextlib.redirect_stdout(io.StringIO()):
-            Exporting(folder.parent, copy.deepcopy(cfg), weights, about).write(folder)
+            Exporting(folder.parent, cfg, weights, about).write(folder)
         self.pipeline: Any = diffusers.DiTPipeline.from_pretrained(folder).to(DEVICE)
         self.pipeline.set_progress_bar_config(disable=True)
         self.labels = [label % 1000 for label in range(images)]
@@ -100,13 +99,15 @@ class Peer:
 
     def draw(self) -> Tensor:
         """The images."""
-        generator = torch.Generator().manual_seed(0)
-        images = self.pipeline(self.labels, generator=generator, **self.asked).images
-        return torch.from_numpy(images).permute(0, 3, 1, 2) * 255
+        return torch.from_numpy(self._drawn()).permute(0, 3, 1, 2) * 255
 
     def seconds(self) -> float:
         """What drawing takes."""
-        return measured(self.draw, 1)
+        return measured(self._drawn, 1)
+
+    def _drawn(self) -> Any:
+        generator = torch.Generator().manual_seed(0)
+        return self.pipeline(self.labels, generator=generator, **self.asked).images
 
 
 class Row(NamedTuple):

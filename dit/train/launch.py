@@ -123,16 +123,20 @@ def _begin(environment: dict[str, str], work: Callable[[Any], int], argument: An
     signal.pthread_sigmask(signal.SIG_UNBLOCK, set(EXIT_CODES))
     if threads := environment.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     code = work(argument)
     for signum in EXIT_CODES:
         signal.signal(signum, signal.SIG_IGN)  # one that comes now would change it
     raise SystemExit(code)
 
 
-def _end_with_parent() -> None:
-    """A process that nobody waits for must not go on."""
+def end_with_parent() -> None:
+    """Have this process end when the one that began it does: what nobody waits for must not go on."""
     parent = multiprocessing.parent_process()
     if parent is not None:
-        parent.join()
-        os._exit(1)
+        threading.Thread(target=_follow, args=[parent], daemon=True).start()
+
+
+def _follow(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)

@@ -98,7 +98,7 @@ def _addmm(graph: fx.Graph, bias: fx.Node | None, x: fx.Node, matrix: fx.Node) -
     large = min(right.shape) >= SMALLEST and (sizes[0] >= SMALLEST or sizes[0] <= FEW)
     flat = sizes[2] >= WIDE * sizes[0]  # the gradient of a weight of fewer features out than in
     if large and (left.is_contiguous() or flat) and (bias is None or _row(bias, sizes[2])):
-        return _node(graph, torch.ops.dit.linear.default, x, _node(graph, aten.permute.default, matrix, [1, 0]), bias)
+        return _node(graph, torch.ops.dit.linear.default, x, _turned(graph, matrix), bias)
     if sizes[1] <= FEW and min(sizes[::2]) >= SMALLEST and bias is None:
         return _outer(graph, x, matrix, sizes[1])
     return None
@@ -113,12 +113,18 @@ def _pack(product: fx.Node) -> None:
     if product.target is not torch.ops.dit.linear.default:
         return
     told: Any = product.args
-    x, weight, bias = told
-    turned = False
-    while weight.target in (aten.permute.default, aten.t.default):
-        weight, turned = weight.args[0], not turned
-    if weight.op == "placeholder" and not turned and len(x.meta["val"]) >= SMALLEST:
-        product.target, product.args = torch.ops.dit.packed.default, (x, weight, bias)
+    x, weight, _ = told
+    if weight.op == "placeholder" and len(x.meta["val"]) >= SMALLEST:
+        product.target = torch.ops.dit.packed.default
+
+
+def _turned(graph: fx.Graph, matrix: fx.Node) -> fx.Node:
+    """Its transpose, of which it mostly is one itself."""
+    told: Any = matrix.args
+    if matrix.target is aten.t.default or (matrix.target is aten.permute.default and list(told[1]) == [1, 0]):
+        turned: fx.Node = told[0]
+        return turned
+    return _node(graph, aten.permute.default, matrix, [1, 0])
 
 
 def _outer(graph: fx.Graph, x: fx.Node, matrix: fx.Node, number: int) -> fx.Node:
