@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(path: "str | Path", *, compile: bool = False, cuda_graphs: bool = False) -> "Model":
+def load(
+    path: "str | Path", *, compile: bool = False, cuda_graphs: bool = False, precision: str = "float32"
+) -> "Model":
     """An export, or a run, ready to draw: `load("weights/digits").sample(label=[0, 1, 2], seed=0)`.
 
     Args:
@@ -37,6 +39,8 @@ def load(path: "str | Path", *, compile: bool = False, cuda_graphs: bool = False
             to them through `.data` is not seen. Without a GPU the process keeps up to 2 GiB of freed memory.
         cuda_graphs: on a GPU, replay the network's forwards, which spares launches where batches are small. On a CPU it
             does nothing. Not yet run.
+        precision: `float32`, or `bfloat16`: the network's matrix products, with weights that are rounded once, all else
+            in float32. On what multiplies bfloat16 faster: GPUs, and CPUs with AVX-512 BF16 or AMX.
 
     Returns:
         See `dit.train.inference.Model`.
@@ -47,4 +51,4 @@ def load(path: "str | Path", *, compile: bool = False, cuda_graphs: bool = False
     """
     from dit.train.inference import Model  # torch takes its time, and most of the command line needs none
 
-    return Model(path, compile=compile, cuda_graphs=cuda_graphs)
+    return Model(path, compile=compile, cuda_graphs=cuda_graphs, precision=precision)

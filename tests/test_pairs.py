@@ -117,6 +117,10 @@ def test_pairs_are_what_the_run_makes_of_noise(folder, tmp_path, capsys):
     assert (pairs["run"], pairs["step"], pairs["weights"], about["seed"]) == ("teacher", 2, "ema", 0)
     assert (pairs["sampler"]["num_steps"], pairs["guidance"]["scale"], pairs["told"]) == (2, 2, {"num_classes": 10})
     half = read(encoded(folder, tmp_path / "half", "guidance.scale=2"))
+    rounded = encoded(folder, tmp_path / "rounded", "dtype=float32", "guidance.scale=2", "precision=bfloat16")
+    assert index.read(rounded).about["pairs"] == pairs | {"precision": "bfloat16"}
+    _, near, _ = read(rounded)
+    assert 0 < (near - ends).abs().max() < 0.05 * ends.abs().max()
     for exact, rounded in zip((eps, ends), half, strict=False):
         assert rounded.dtype == torch.float16 and (exact - rounded).abs().max() < 0.01
 

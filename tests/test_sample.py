@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 from PIL import Image
 from tiny_encoders import clip
 
@@ -14,6 +15,8 @@ from dit.data.image import encode_png
 from dit.model.dit import DiT
 from dit.train.judged import alike
 from dit.train.run import Run
+
+torch._inductor.config.cpp_cache_precompile_headers = True  # compiling takes minutes here
 
 VARIED = {
     "plain": [],
@@ -112,9 +115,8 @@ def test_a_run_draws_as_it_was_configured_unless_told_otherwise(runs):
     assert cfg.sampler.num_steps == 250 and cfg.grid._target_.endswith("evenly")
 
 
-def test_compiled_it_draws_the_same(runs, tmp_path, monkeypatch):
+def test_compiled_it_draws_the_same(runs, tmp_path):
     """By `dit.load`, `dit sample` and `dit evaluate`, which says so."""
-    monkeypatch.setattr(torch._inductor.config, "cpp_cache_precompile_headers", True)  # compiling takes long
     label, out = [i % 10 for i in range(20)], tmp_path / "all.jsonl"
     guided = ("run=plain", "guidance.scale=2")
     judging = ("metric=fid", "extractor=small", "num_samples=20", f"out={out}")
@@ -148,6 +150,56 @@ def test_what_cannot_be_compiled(runs, monkeypatch):
         draw(runs, "run=plain", "compile=true")
     with pytest.raises(ValueError, match=r"^compile=true: model DiT names no units to compile"):
         dit.load(runs / "plain", compile=True)
+
+
+def test_in_bfloat16_it_draws_nearly_the_same(runs, tmp_path):
+    """What autocast makes of the float32 weights, by `dit.load`, `dit sample` and `dit evaluate`, which says so."""
+    label, out = [i % 10 for i in range(20)], tmp_path / "all.jsonl"
+    guided = ("run=power", "guidance.scale=2")
+    wide, narrow, compiled = (
+        dit.load(runs / "power", **options)
+        for options in ({}, {"precision": "bfloat16"}, {"precision": "bfloat16", "compile": True})
+    )
+    exact, rounded = (model.latents(label=label, guidance=2.0) for model in (wide, narrow))
+    assert exact.dtype == rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).abs().max() < 0.05 * exact.abs().max()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(rounded, wide.latents(label=label, guidance=2.0))
+    again = compiled.latents(label=label, guidance=2.0)
+    assert (again - rounded).abs().max() < 0.05 * exact.abs().max()
+    draw(runs, *guided, "precision=bfloat16", "num_images=20", f"out={tmp_path}/narrow.png")
+    assert torch.equal(drawn(tmp_path / "narrow.png", 10), narrow.sample(label=label, guidance=2.0)[:10, 0].long())
+    for precision in ("float32", "bfloat16"):
+        judging = ("metric=fid", "extractor=small", "num_samples=20", f"out={out}")
+        run_verb(evaluate, runs, *guided, f"precision={precision}", *judging)
+    told = [json.loads(line) for line in out.read_text().splitlines()]
+    assert told[1]["settings"] == told[0]["settings"] | {"precision": "bfloat16"}  # of the same weights
+    assert told[1]["figures"] == pytest.approx(told[0]["figures"], rel=0.05)
+    assert told[1]["figures"] != told[0]["figures"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["run=edm", "guidance.scale=2"],
+        ["run=text", "prompt=a seven"],
+        ["run=plain", "guidance=autoguidance", "guidance.weak.run=weaker"],
+        ["run=plain", "sampler=unipc", "compile=true"],
+    ],
+)
+def test_bfloat16_goes_with_the_rest(runs, options, tmp_path):
+    exact, rounded = (
+        drawn(draw(runs, *options, f"precision={precision}", f"out={tmp_path}/{precision}.png", "num_images=10"), 10)
+        for precision in ("float32", "bfloat16")
+    )
+    assert (rounded - exact).abs().float().mean() < 5
+
+
+def test_there_is_no_other_precision(runs):
+    with pytest.raises(ConfigError, match="precision=float16: choose one of float32, bfloat16"):
+        draw(runs, "run=plain", "precision=float16")
+    with pytest.raises(ValueError, match="precision='half': choose one of float32, bfloat16"):
+        dit.load(runs / "plain", precision="half")
 
 
 def test_raw_and_averaged_weights_differ(runs, tmp_path):

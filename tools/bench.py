@@ -21,7 +21,7 @@ from bench_data import data
 from bench_ema import ema
 from bench_goodput import goodput
 from bench_guard import guard
-from bench_machine import machine
+from bench_machine import GPU, machine
 from bench_memory import memory
 from bench_overhead import overhead
 from bench_peers import PEERS
@@ -29,6 +29,8 @@ from bench_sample import sample
 from bench_startup import startup
 from bench_train import train
 from bench_wait import wait
+
+from dit.train.loaded import PRECISIONS
 
 MIXED = (train, attention, communication, ema, guard)  # compute in bfloat16 where there is a GPU
 
@@ -46,7 +48,7 @@ def main() -> None:
     asked = vars(parser.parse_args())
     run = asked.pop("run")
     torch.set_num_threads(asked["threads"])
-    about = machine(run in MIXED)
+    about = machine(asked.get("precision") == "bfloat16" or (GPU and run in MIXED))
     print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
     try:
         figures = run(argparse.Namespace(**asked))
@@ -135,6 +137,11 @@ COMMANDS: dict[Command, tuple[str, dict[str, dict[str, Any]]]] = {
             "--images": number(2, "drawn at once"),
             "--steps": number(20, "of the sampler"),
             "--scale": number(4.0, "of the guidance"),
+            "--precision": {
+                "choices": PRECISIONS,
+                "default": "float32",
+                "help": "of networks: ours by autocast, the pipeline's all of it",
+            },
             "--interval": {
                 "default": "[0.08,0.47]",
                 "help": "the times t at which the last row is guided; by default where sigma / alpha of the linear "

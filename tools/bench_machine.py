@@ -19,13 +19,13 @@ GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 
 
-def machine(mixed: bool) -> dict[str, Any]:
-    """What figures depend on beside the command; mixed: networks compute in bfloat16 where there is a GPU."""
+def machine(narrow: bool) -> dict[str, Any]:
+    """What figures depend on beside the command; narrow: networks compute in bfloat16."""
     return {
         "device": torch.cuda.get_device_name() if GPU else _cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "precision": "bf16" if GPU and mixed else "float32",
+        "precision": "bf16" if narrow else "float32",
         "date": datetime.date.today().isoformat(),
     }
 

@@ -4,13 +4,13 @@ Both have the same weights and draw the same images from the same noise, which i
 """
 
 import argparse
-import contextlib
 import io
 import itertools
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,12 +38,15 @@ class Ours:
         words: of the configuration that it is trained by.
         images: drawn at once.
         execution: of `arrange`.
+        precision: as of `dit sample`.
     """
 
-    def __init__(self, words: list[str], images: int, execution: dict[str, Any]):
+    def __init__(self, words: list[str], images: int, execution: dict[str, Any], precision: str):
         parts = Parts(compose("train", words))
         self.network = trained(parts.denoiser().network).to(DEVICE).eval()
-        arrange(self.network, **execution, frozen=True)  # as of dit.load
+        narrow = precision == "bfloat16"
+        arrange(self.network, **execution, frozen=True, narrow=narrow)  # as of dit.load
+        self.within = partial(torch.autocast, DEVICE.type, torch.bfloat16) if narrow else nullcontext
         self.noise = torch.randn(images, *parts.latent().shape, generator=torch.Generator().manual_seed(0))
         self.labels = torch.arange(images) % 1000
         self._works: dict[tuple[str, ...], Callable[[], Tensor]] = {}
@@ -75,6 +78,7 @@ class Ours:
         denoiser = parts.denoiser("meta").eval()
         denoiser.network = self.network
         pipeline = parts.pipeline(denoiser, parts.latent().to(DEVICE))
+        pipeline.within = self.within
         sigma = parts.schedule(pipeline.times[0]).sigma.float()
         noise = (self.noise / sigma).to(DEVICE)
         return lambda: pipeline({"label": self.labels}, len(self.labels), noise=noise)
@@ -83,16 +87,17 @@ class Ours:
 class Peer:
     """What `dit export format=diffusers` makes of the same network, in a folder, and draws."""
 
-    def __init__(self, words: list[str], images: int, scale: float, steps: int, folder: Path):
+    def __init__(self, words: list[str], images: int, scale: float, steps: int, precision: str, folder: Path):
         import diffusers
 
         cfg = compose("train", words)
         weights = dict(trained(Parts(cfg).denoiser().network).state_dict())
         about = {"format": "diffusers", "precision": "float32", "weights": "ema", "step": 0, "parameters": 0}
         folder.mkdir()
-        with contextlib.redirect_stdout(io.StringIO()):
+        with redirect_stdout(io.StringIO()):
             Exporting(folder.parent, cfg, weights, about).write(folder)
-        self.pipeline: Any = diffusers.DiTPipeline.from_pretrained(folder).to(DEVICE)
+        loaded: Any = diffusers.DiTPipeline.from_pretrained(folder, torch_dtype=getattr(torch, precision))
+        self.pipeline = loaded.to(DEVICE)
         self.pipeline.set_progress_bar_config(disable=True)
         self.labels = [label % 1000 for label in range(images)]
         self.asked = {"guidance_scale": scale, "num_inference_steps": steps, "output_type": "np"}
@@ -135,10 +140,10 @@ def sample(options: argparse.Namespace) -> dict[str, Any]:
             Parts(compose("train", words))  # what does not fit fails here
         rows: dict[str, Row] = {}
         if options.against:
-            made = full, options.images, options.scale, options.steps, Path(folder) / "stock"
+            made = full, options.images, options.scale, options.steps, options.precision, Path(folder) / "stock"
             rows[PEER] = Row(apart(Peer, *made))
         executions = _executions(options.compile)
-        ours = {name: apart(Ours, full, options.images, execution) for name, execution in executions.items()}
+        ours = {name: apart(Ours, full, options.images, how, options.precision) for name, how in executions.items()}
         rows |= {f"ours, {name}": Row(drawn, (full,)) for name, drawn in ours.items()}
         fastest = list(ours)[-1]
         rows[f"ours, {fastest}, guided within {options.interval}"] = Row(ours[fastest], (within,))

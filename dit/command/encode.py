@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from dit.command.compose import ConfigError, check_choices, check_least, check_texts, user_errors
-from dit.command.existing import check_run, load, offer, weights_asked
+from dit.command.existing import check_run, execution, load, offer, weights_asked
 from dit.data.index import MANIFEST
 from dit.data.parallel import each
 from dit.data.store import DataError
@@ -146,8 +146,10 @@ def _pairs(cfg: DictConfig, device: str) -> "Pairs":
             "told": condition.sizes,
             "scale": run.scale,
             **{name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("sampler", "grid", "guidance")},
+            **({} if cfg.precision == "float32" else {"precision": cfg.precision}),  # which those of before do not have
         },
     }
+    run = run.arranged(**execution(cfg))
     if set(condition.fields) == {"label"}:
         told = in_turn(condition.sizes["num_classes"])
     else:
@@ -159,7 +161,7 @@ def _pairs(cfg: DictConfig, device: str) -> "Pairs":
         told = of_data(data.shards, condition, cfg.seed)
         about |= {name: value for name, value in data.about.items() if name == "text"}
     return Pairs(
-        run.parts.pipeline(run.denoiser, run.latent),
+        run.pipeline(),
         told,
         Path(cfg.out),
         about,

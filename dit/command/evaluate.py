@@ -3,8 +3,6 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +17,7 @@ from dit.command.compose import (
     exit_code_of,
     user_errors,
 )
-from dit.command.existing import check_run, check_writable, chosen, load, offer, weights_asked
+from dit.command.existing import check_run, check_writable, chosen, execution, load, offer, weights_asked
 from dit.command.plot import plot
 from dit.train import judged, saved
 
@@ -65,7 +63,7 @@ def check(cfg: DictConfig) -> None:
             raise ConfigError(f"reference={cfg.reference} exists: take another name, or overwrite=true")
         return
     check_run(cfg, {"num_samples": 20})
-    check_choices(cfg, {"labels": ("in_turn", "random"), "precision": ("float32", "bfloat16")})
+    check_choices(cfg, {"labels": ("in_turn", "random")})
     check_choices(cfg, {"keep_samples": (True, False)})
     if not cfg.metric:
         raise ConfigError(f"there is no metric for run={cfg.run}: choose one, like metric=fid or metric=likelihood")
@@ -232,6 +230,7 @@ def _records(cfg: DictConfig, judging: "Judging", world: "World") -> Iterator[di
     with user_errors():
         run = load(first)
         digest = sha256(run.denoiser)
+        run = run.arranged(**execution(first))
     yield _record(first, run, digest, judging, world)
     for job in others:
         with user_errors():
@@ -241,17 +240,14 @@ def _records(cfg: DictConfig, judging: "Judging", world: "World") -> Iterator[di
 
 def _record(cfg: DictConfig, run: "Loaded", digest: str, judging: "Judging", world: "World") -> dict[str, Any]:
     """The figures of one evaluation, and all that they depend on; those of before, if they are there."""
-    import torch
-
     from dit.train.files import append
     from dit.train.samples import Kept
 
     with user_errors():
         out = _out(cfg)
-        narrow = (
-            partial(torch.autocast, run.device.type, torch.bfloat16) if cfg.precision == "bfloat16" else nullcontext
+        subject = run.parts.subject(
+            run.denoiser, run.latent, seed=cfg.seed, batch_size=cfg.batch_size, within=run.narrowed
         )
-        subject = run.parts.subject(run.denoiser, run.latent, seed=cfg.seed, batch_size=cfg.batch_size, within=narrow)
         judging.check(subject, [cfg.num_samples])
         settings = judged.settings(_asked(cfg), judging, step=run.step, sha256=digest, device=run.device.type)
         known = world.once(lambda: next((r for r in judged.evaluations(out) if r["settings"] == settings), None))

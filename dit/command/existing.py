@@ -49,7 +49,7 @@ def check_run(cfg: DictConfig, least: dict[str, float]) -> None:
         ConfigError: naming the value and the way out.
     """
     check_least(cfg, {"batch_size": 1, "seed": 0, "step": 0, "sampler.num_steps": 1, "guidance.scale": 0.0, **least})
-    check_choices(cfg, {"accelerator": ("auto", "cpu", "gpu")})
+    check_choices(cfg, {"accelerator": ("auto", "cpu", "gpu"), "precision": ("float32", "bfloat16")})
     there = weights_of(cfg)
     if cfg.weights is not None:
         check_choices(cfg, {"weights": there})
@@ -109,8 +109,7 @@ def load(cfg: DictConfig) -> "Loaded":
     """The run that a configuration names, sampled as the configuration says.
 
     Args:
-        cfg: with run, runs_dir, weights, step, accelerator, compile, cuda_graphs, and the groups that may be chosen
-            anew.
+        cfg: with run, runs_dir, weights, step, accelerator, cuda_graphs, and the groups that may be chosen anew.
 
     Raises:
         ValueError: if something does not fit together, there is no checkpoint, or a student would be drawn in another
@@ -126,5 +125,9 @@ def load(cfg: DictConfig) -> "Loaded":
         raise ValueError("accelerator=gpu, but torch sees none: choose accelerator=cpu")
     if cfg.cuda_graphs and device.type == "cpu":
         raise ValueError("cuda_graphs=true needs a GPU, and it is drawn on the CPU: leave it out")
-    path, execution = trained.newest(folder, cfg.step), {key: cfg[key] for key in ("compile", "cuda_graphs")}
-    return loaded.load(folder, path, chosen(cfg), weights_asked(cfg), device, **execution)
+    return loaded.load(folder, trained.newest(folder, cfg.step), chosen(cfg), weights_asked(cfg), device)
+
+
+def execution(cfg: DictConfig) -> dict[str, Any]:
+    """How a configuration has the network executed: of `Loaded.arranged`."""
+    return {key: cfg[key] for key in ("compile", "cuda_graphs", "precision")}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, ListConfig
 
 from dit.command.compose import ConfigError, user_errors
-from dit.command.existing import check_picture, check_run, check_writable, load, offer
+from dit.command.existing import check_picture, check_run, check_writable, execution, load, offer
 from dit.train import saved
 from dit.train.kind import check_denoiser
 
@@ -68,9 +68,9 @@ def main(cfg: DictConfig) -> int:
     from dit.data.image import encode_png, grid
 
     with user_errors():
-        run = load(cfg)
+        run = load(cfg).arranged(**execution(cfg))
         condition = run.parts.condition
-        pipeline = run.parts.pipeline(run.denoiser, run.latent)
+        pipeline = run.pipeline()
         picture = _picture(cfg, run) if cfg.image is not None else None
         labels, prompts = _labels(cfg.labels, condition.sizes.get("num_classes", 0)), _prompts(cfg.prompt)
         asked = {

@@ -1,6 +1,7 @@
 """From labels and a seed to pictures."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ class Pipeline:
         guidance: (denoiser, null) -> guided denoiser.
         sampler: `sample(denoise, schedule, x, times, generator=...)`.
         grid: schedule -> times, (N + 1,).
+        within: makes the context in which it is sampled, such as autocast's.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Pipeline:
         guidance: Callable[..., Callable[..., Estimate]],
         sampler: Callable[..., Tensor],
         grid: Callable[[Schedule], Tensor],
+        within: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ):
         self.denoiser = denoiser
         self.condition = condition
@@ -44,6 +47,7 @@ class Pipeline:
         self.guidance = guidance
         self.sampler = sampler
         self.times = grid(denoiser.schedule)
+        self.within = within
 
     @torch.no_grad()
     def __call__(
@@ -102,13 +106,15 @@ class Pipeline:
             cond = self.condition(part, draw, self.latent.encode)
             x = draw.normal("x", self.latent.shape) if noise is None else noise[rows]
             x = schedule(self.times[0]).sigma * x
-            yield self.sampler(
-                lambda x_t, t, s=None, cond=cond: guided(x_t, t, s, **cond),
-                schedule,
-                x,
-                self.times,
-                generator=draw.generator("z", lane=lanes.start),
-            )
+            with self.within():
+                z = self.sampler(
+                    lambda x_t, t, s=None, cond=cond: guided(x_t, t, s, **cond),
+                    schedule,
+                    x,
+                    self.times,
+                    generator=draw.generator("z", lane=lanes.start),
+                )
+            yield z
 
     def noise(self, seed: int, num_images: int) -> Tensor:
         """The noise (N, C, H, W) with which the first pictures of a seed begin."""

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from dit.train.graphed import Graphed
 
 CHECKPOINTING = ("none", "full", "selective")
+PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d)  # which autocast takes in bfloat16
 
 
 def arrange(
@@ -28,6 +29,7 @@ def arrange(
     channels_last: bool = False,
     cuda_graphs: bool = False,
     frozen: bool = False,
+    narrow: bool = False,
 ) -> None:
     """Set in place how a network is executed; what it computes stays the same.
 
@@ -41,6 +43,8 @@ def arrange(
         cuda_graphs: on a GPU, without gradients, forwards are replayed as CUDA graphs.
         frozen: weights stay as they are; compiled code of AMD CPUs keeps a copy of them in an order of its own, and
             does not see what is written to them through `.data` or by numpy.
+        narrow: weights of products are bfloat16 from now on, to which autocast, under which alone it then runs, would
+            round them each time.
 
     Raises:
         ValueError: if there is no such choice, the network has no units, or nothing here compiles.
@@ -62,6 +66,9 @@ def arrange(
                 from dit.train import products  # the compiler takes seconds to import
 
                 options = products.options(frozen)
+    for module in network.modules():
+        if narrow and isinstance(module, PRODUCTS):
+            module.to(torch.bfloat16)
     if channels_last:
         network.to(memory_format=torch.channels_last)
     for module in network.modules():

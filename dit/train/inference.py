@@ -13,7 +13,7 @@ from torch import Tensor
 from dit.sampler.pipeline import Pipeline, to_uint8
 from dit.train import saved, trained
 from dit.train.kind import check_denoiser
-from dit.train.loaded import load
+from dit.train.loaded import PRECISIONS, load
 
 # What kind of number each is, its least, and one that is usual.
 NUMBERS: dict[str, tuple[type, int, float]] = {
@@ -34,6 +34,7 @@ class Model:
         path: its folder.
         compile: each block of the network by torch.compile.
         cuda_graphs: on a GPU, replay its forwards.
+        precision: `float32`, or `bfloat16`.
 
     Raises:
         ValueError: if there is none, it is an autoencoder, it holds a program and no weights, or it cannot be compiled.
@@ -41,16 +42,21 @@ class Model:
         CheckpointError: if it is a run whose checkpoints are all damaged.
     """
 
-    def __init__(self, path: str | Path, *, compile: bool = False, cuda_graphs: bool = False):
+    def __init__(
+        self, path: str | Path, *, compile: bool = False, cuda_graphs: bool = False, precision: str = "float32"
+    ):
         execution: dict[str, Any] = {"compile": compile, "cuda_graphs": cuda_graphs}
         for name, value in execution.items():
             if not isinstance(value, bool):
                 raise ValueError(f"{name}={value!r}: give True or False")
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision={precision!r}: choose one of {', '.join(PRECISIONS)}")
         self.folder = Path(path)
         self.config = saved.config(self.folder)
         check_denoiser(self.config)
         weights = saved.exported(self.folder).get("weights", "ema")
-        self._loaded = load(self.folder, trained.newest(self.folder), {}, weights, **execution)
+        loaded = load(self.folder, trained.newest(self.folder), {}, weights)
+        self._loaded = loaded.arranged(**execution, precision=precision)
 
     def to(self, device: str | torch.device) -> "Model":
         """Move it to a device."""
@@ -141,9 +147,9 @@ class Model:
         number = lengths.pop() if lengths else 1
         fields = {name: _for_each(name, value, number) for name, value in asked.items()} | level
         if noise is not None:
-            noise = _checked_noise(noise, (number, *loaded.latent.shape), next(loaded.denoiser.parameters()))
+            noise = _checked_noise(noise, (number, *loaded.latent.shape), next(loaded.denoiser.parameters()).device)
         options = {"asked": fields, "seed": seed, "batch_size": batch_size, "noise": noise}
-        return parts.pipeline(loaded.denoiser, loaded.latent), number, options
+        return loaded._replace(parts=parts).pipeline(), number, options
 
     def _otherwise(self, num_steps: int | None, guidance: float | None) -> Any:
         """The parts with another number of steps, or another scale."""
@@ -167,8 +173,8 @@ def _check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r}: give {said} of at least {least}, like {name}={usual}")
 
 
-def _checked_noise(noise: Any, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """The noise, if it is such as pictures begin with, where and of the type that the network's weights are.
+def _checked_noise(noise: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """The noise, if it is such as pictures begin with, float32 and on this device.
 
     Raises:
         ValueError: if it has another shape, or is not finite.
@@ -176,7 +182,7 @@ def _checked_noise(noise: Any, shape: tuple[int, ...], like: Tensor) -> Tensor:
     if not isinstance(noise, Tensor) or not noise.is_floating_point() or tuple(noise.shape) != shape:
         had = f"{noise.dtype} {tuple(noise.shape)}" if isinstance(noise, Tensor) else repr(noise)
         raise ValueError(f"noise={had}: give torch.randn{shape}, (N, C, H, W), or leave it out for that of the seed")
-    noise = noise.to(like)
+    noise = noise.to(device, torch.float32)
     if not noise.isfinite().all():
         raise ValueError(f"noise= is not finite everywhere: give torch.randn{shape}, or leave it out")
     return noise
