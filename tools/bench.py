@@ -32,7 +32,7 @@ from bench_wait import wait
 
 from dit.train.loaded import PRECISIONS
 
-MIXED = (train, attention, communication, ema, guard)  # compute in bfloat16 where there is a GPU
+MIXED = (attention, communication, ema, guard)  # compute in bfloat16 where there is a GPU
 
 
 def main() -> None:
@@ -92,8 +92,15 @@ def against(*peers: str) -> dict[str, Any]:
     return {"nargs": "+", "choices": peers, "default": [], "help": "measure it, too"}
 
 
+def precision(default: str, help: str) -> dict[str, dict[str, Any]]:
+    """The option of it."""
+    return {"--precision": {"choices": PRECISIONS, "default": default, "help": help}}
+
+
 OF_A_RECIPE = "of a recipe, as for dit doctor: model=dit_s_2"
 REPEATS = {"--repeats": number(5, "that take turns")}
+
+
 STEPPED = {"--steps": number(1, "in each repeat"), **REPEATS}
 COMPILE = {"--compile": {"action": "store_true", "help": "measure ours compiled, too"}}
 IN_A_STEP = {
@@ -110,6 +117,7 @@ COMMANDS: dict[Command, tuple[str, dict[str, dict[str, Any]]]] = {
             "overrides": words(OF_A_RECIPE),
             "--against": against(*PEERS),
             "--batch-size": number(4, "images of a step"),
+            **precision("bfloat16" if GPU else "float32", "of ours and of diffusers', by autocast"),
             "--memory": number(1, "peaks for so many images, too") | {"nargs": "+", "default": [], "metavar": "N"},
             **COMPILE,
             "--trace": {
@@ -137,11 +145,7 @@ COMMANDS: dict[Command, tuple[str, dict[str, dict[str, Any]]]] = {
             "--images": number(2, "drawn at once"),
             "--steps": number(20, "of the sampler"),
             "--scale": number(4.0, "of the guidance"),
-            "--precision": {
-                "choices": PRECISIONS,
-                "default": "float32",
-                "help": "of networks: ours by autocast, the pipeline's all of it",
-            },
+            **precision("float32", "of networks: ours by autocast, the pipeline's all of it"),
             "--interval": {
                 "default": "[0.08,0.47]",
                 "help": "the times t at which the last row is guided; by default where sigma / alpha of the linear "

@@ -39,9 +39,9 @@ def datasheet() -> float | None:
     )
 
 
-def autocast() -> AbstractContextManager[Any]:
-    """Bfloat16 on a GPU, as training has it; nothing on a CPU."""
-    return torch.autocast("cuda", torch.bfloat16) if GPU else nullcontext()
+def autocast(narrow: bool = GPU) -> AbstractContextManager[Any]:
+    """Bfloat16 if narrow: on a GPU, as training has it, if nothing else is said."""
+    return torch.autocast(DEVICE.type, torch.bfloat16) if narrow else nullcontext()
 
 
 class Laps:

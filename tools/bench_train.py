@@ -6,7 +6,7 @@ A step is data, forward, backward, optimizer and EMA, on one device: what proces
 Ours reads latents from shards as a run does; peers are given the same tensors at each step. On a CPU time is the
 process's CPU time, reading included; on a GPU it is the stream's, in which waiting for the data's workers shows. Shares
 of a rate are three times the FLOPs of our forward over the step's time, over that rate; the matmul rate is that of the
-model's own matrix products, in the same run and precision.
+model's own matrix products, in the same run and precision. The published recipe is in float32, whatever --precision.
 """
 
 import argparse
@@ -45,9 +45,11 @@ from dit.train import float8
 from dit.train.build import Parts, build
 from dit.train.cost import Alive, memory, multiply_adds
 from dit.train.execution import CHECKPOINTING
+from dit.train.run import PRECISION
 from dit.train.strategy import Strategy
 from dit.train.strategy import trained as parameters_of
 
+IN_TRAINING = {ours: theirs for theirs, ours in PRECISION.items()}  # what trainer.precision calls it
 PARTS = ("data", "forward", "backward", "optimizer", "EMA")
 WARM = 2  # steps
 TRACED = 3
@@ -76,7 +78,7 @@ class Trained:
         average: Callable[[Any], Callable[[], None]],
         inputs: Iterable[Inputs],
         target: Tensor,
-        within: Callable[[], AbstractContextManager[Any]] = autocast,
+        within: Callable[[], AbstractContextManager[Any]],
         call: Callable[..., Tensor] = lambda network, *inputs: network(*inputs),
     ):
         self.network, self.target, self.within, self.call = network, target, within, call
@@ -187,8 +189,8 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     """Measure a step of our network and of the peers', one after the other, and again."""
     if options.trace and (Path(options.trace).is_dir() or not Path(options.trace).resolve().parent.is_dir()):
         raise ValueError(f"--trace {options.trace}: give a file in a folder that is there")
-    batch, precision = options.batch_size, "bf16-mixed" if GPU else "32-true"
-    words = [*options.overrides, f"trainer.precision={precision}"]
+    batch = options.batch_size
+    words = [*options.overrides, f"trainer.precision={IN_TRAINING[options.precision]}"]
     recipe = Parts(compose("doctor", words))  # what does not fit fails before anything is written
     latent, trainer = recipe.cfg.latent, recipe.cfg.trainer
     if latent.get("stride") is None:
@@ -252,7 +254,7 @@ def _compared(options: argparse.Namespace, parts: Parts, rows: list[Row]) -> dic
     for row in rows:
         row.trained.call("run", WARM)
     for _ in range(options.repeats):
-        rates.append(_matmul_rate(products))
+        rates.append(_matmul_rate(products, getattr(torch, options.precision)))
         for row in rows:
             row.measure(options.steps)
     ours = [row for row in rows if not row.way.peer][-1]
@@ -266,11 +268,15 @@ def _compared(options: argparse.Namespace, parts: Parts, rows: list[Row]) -> dic
 
 
 def _ours(parts: Parts, network: Any, *, compile: bool = False, **given: Any) -> Trained:
-    """As a recipe trains it, in the precision of the device."""
+    """As a recipe trains it."""
     options = copy.deepcopy(parts.cfg.trainer)
     options.compile = compile
     Strategy.arrange(network, options)
-    return Trained(network, build(parts.cfg.optimizer), _average(parts), **given)
+    return Trained(network, build(parts.cfg.optimizer), _average(parts), **given, within=_precision(parts))
+
+
+def _precision(parts: Parts) -> Callable[[], AbstractContextManager[Any]]:
+    return partial(autocast, parts.cfg.trainer.precision == "bf16-mixed")
 
 
 def _average(parts: Parts) -> Callable[[nn.Module], Callable[[], None]]:
@@ -281,12 +287,13 @@ def _average(parts: Parts) -> Callable[[nn.Module], Callable[[], None]]:
     return make
 
 
-def _diffusers(_: Parts, network: Any, *, optimizer: Callable[..., torch.optim.Optimizer], **given: Any) -> Trained:
+def _diffusers(parts: Parts, network: Any, *, optimizer: Callable[..., torch.optim.Optimizer], **given: Any) -> Trained:
     def call(network: Any, x: Tensor, time: Tensor, label: Tensor) -> Tensor:
         output: Tensor = network(x, timestep=time, class_labels=label, return_dict=False)[0]
         return output
 
-    return Trained(diffusers_network(network).to(DEVICE), optimizer, diffusers_average, **given, call=call)
+    made, within = diffusers_network(network).to(DEVICE), _precision(parts)
+    return Trained(made, optimizer, diffusers_average, **given, within=within, call=call)
 
 
 def _published(_: Parts, network: Any, **given: Any) -> Trained:
@@ -311,10 +318,9 @@ WAYS = {
 
 
 @torch.no_grad()
-def _matmul_rate(products: Counter[tuple[int, int, int]]) -> float:
+def _matmul_rate(products: Counter[tuple[int, int, int]], dtype: torch.dtype) -> float:
     """FLOP/s of these matrix products, for their own sake, by the faster of what torch has: on a CPU MKL or oneDNN."""
     flops, seconds = 0, 0.0
-    dtype = torch.bfloat16 if GPU else torch.float32
     for (rows, width, out), number in products.items():
         a = torch.randn(rows, width, device=DEVICE, dtype=dtype)
         b = torch.randn(out, width, device=DEVICE, dtype=dtype)
