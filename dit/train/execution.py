@@ -38,7 +38,8 @@ def arrange(
         checkpointing: compute activations again in the backward pass instead of keeping them
             (arXiv:1604.06174): `full` keeps the input of each unit; `selective` keeps matrix products and attention,
             too, and computes the rest again.
-        compile: each unit by torch.compile.
+        compile: each unit by torch.compile; or, where there is no GPU and weights are frozen, the network as one: it
+            takes longer to compile, and spares what Python does at each unit.
         channels_last: store images with channels last, as convolutions of GPUs want them.
         cuda_graphs: on a GPU, without gradients, forwards are replayed as CUDA graphs.
         frozen: weights stay as they are; compiled code of AMD CPUs keeps a copy of them in an order of its own, and
@@ -57,9 +58,10 @@ def arrange(
         raise ValueError(
             f"trainer.{option}: model {type(network).__name__} names no units to compile or to checkpoint; leave it out"
         )
-    options = None
+    options, whole = None, False
     if not torch.cuda.is_available():
         _keep_memory()
+        whole = frozen
         if compile:
             _check_compiler()
             if _amd():
@@ -79,11 +81,13 @@ def arrange(
             if checkpointing == "selective":
                 how["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
             module.forward = _checkpointed(module.forward, how)
-        if compile:
+        if compile and not whole:
             module.compile(dynamic=False, options=options)
+    if compile and whole:
+        network.compile(dynamic=False, options=options)
     if cuda_graphs:
         network.forward = Graphed(network)
-    if compile:  # units of one class share their code, and each shape of theirs counts
+    if compile:  # units of one class share their code, and each shape of theirs counts, as each of a network
         torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
 
 
