@@ -145,7 +145,7 @@ COMMANDS: dict[Command, tuple[str, dict[str, dict[str, Any]]]] = {
             "--images": number(2, "drawn at once"),
             "--steps": number(20, "of the sampler"),
             "--scale": number(4.0, "of the guidance"),
-            **precision("float32", "of networks: ours by autocast, the pipeline's all of it"),
+            **precision("float32", "of networks: ours by autocast, the pipeline as it comes, and all of it so"),
             "--interval": {
                 "default": "[0.08,0.47]",
                 "help": "the times t at which the last row is guided; by default where sigma / alpha of the linear "

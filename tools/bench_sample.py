@@ -93,7 +93,7 @@ class Peer:
         cfg = compose("train", words)
         weights = dict(trained(Parts(cfg).denoiser().network).state_dict())
         about = {"format": "diffusers", "precision": "float32", "weights": "ema", "step": 0, "parameters": 0}
-        folder.mkdir()
+        folder.mkdir(parents=True)
         with redirect_stdout(io.StringIO()):
             Exporting(folder.parent, cfg, weights, about).write(folder)
         loaded: Any = diffusers.DiTPipeline.from_pretrained(folder, torch_dtype=getattr(torch, precision))
@@ -138,18 +138,17 @@ def sample(options: argparse.Namespace) -> dict[str, Any]:
         within = [*full, f"guidance.interval={options.interval}"]
         for words in (full, within):
             Parts(compose("train", words))  # what does not fit fails here
-        rows: dict[str, Row] = {}
-        if options.against:
-            made = full, options.images, options.scale, options.steps, options.precision, Path(folder) / "stock"
-            rows[PEER] = Row(apart(Peer, *made))
+        peers = _peers(options.precision) if options.against else {}
+        asked = full, options.images, options.scale, options.steps
+        rows = {name: Row(apart(Peer, *asked, how, Path(folder) / how / "stock")) for name, how in peers.items()}
         executions = _executions(options.compile)
         ours = {name: apart(Ours, full, options.images, how, options.precision) for name, how in executions.items()}
         rows |= {f"ours, {name}": Row(drawn, (full,)) for name, drawn in ours.items()}
         fastest = list(ours)[-1]
         rows[f"ours, {fastest}, guided within {options.interval}"] = Row(ours[fastest], (within,))
         drawn = {name: row.call("draw") for name, row in rows.items()}  # warm
-        if options.against:
-            _check_same(drawn[PEER], drawn["ours, eager"])
+        for name in peers:
+            _check_same(drawn[name], drawn["ours, eager"])
         seconds: dict[str, list[float]] = {name: [] for name in rows}
         for _ in range(options.repeats):
             for name, row in rows.items():
@@ -161,8 +160,16 @@ def sample(options: argparse.Namespace) -> dict[str, Any]:
             print(
                 f"| {name} | {options.images / statistics.median(found):.3f} | {ratio(found, seconds[base], '.3f')} |"
             )
+        for name in list(peers)[1:]:
+            over = ratio(seconds[f"ours, {fastest}"], seconds[name], ".3f")
+            print(f"\nours, {fastest}, over {name}: {over}")
         table = _table(options, f"{folder}/vae", ours[fastest])
     return {"seconds": seconds, "table": table}
+
+
+def _peers(precision: str) -> dict[str, str]:
+    """The pipeline as it comes, and in the precision of ours: their precision by name."""
+    return {PEER: "float32"} | ({} if precision == "float32" else {f"{PEER}, {precision}": precision})
 
 
 def _executions(compile: bool) -> dict[str, dict[str, Any]]:

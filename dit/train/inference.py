@@ -32,7 +32,7 @@ class Model:
 
     Args:
         path: its folder.
-        compile: each block of the network by torch.compile.
+        compile: the network by torch.compile.
         cuda_graphs: on a GPU, replay its forwards.
         precision: `float32`, or `bfloat16`.
 

@@ -45,8 +45,7 @@ class Loaded(NamedTuple):
         """The same, executed so from now on: the network is changed in place.
 
         Args:
-            compile: each unit of the network by torch.compile, when it is first called, and anew for each size of a
-                batch.
+            compile: the network by torch.compile, when it is first called, and anew for each size of a batch.
             cuda_graphs: on a GPU forwards are replayed, captured anew for each size of a batch.
             precision: `float32`, or `bfloat16`: products by autocast, all else in float32.
 
