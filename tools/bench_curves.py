@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_machine import GPU
 
 from dit.command.compose import compose
 from dit.train.files import steps
@@ -17,15 +16,14 @@ from dit.train.files import steps
 LEAST = 50  # steps
 BEFORE = "before: eager, float32, AdamW not fused"
 PLAIN = {"optimizer.fused": "false", "trainer.compile": "false", "trainer.precision": "32-true"}
-FLOAT8 = {"trainer.compile": "true", "trainer.float8": "emulate"}
+FAST = {"optimizer.fused": "true", "trainer.compile": "true"}
 # What differs from before, and by how much of it the mean loss of the last fifth of the steps may differ.
 WAYS: dict[str, tuple[dict[str, str], float]] = {
     "fused AdamW": ({"optimizer.fused": "true"}, 1e-4),
-    "fused, compiled": ({"optimizer.fused": "true", "trainer.compile": "true"}, 1e-4),
-    "fused, compiled, float8 emulated": ({"optimizer.fused": "true", **FLOAT8}, 0.02),
+    "fused, compiled": (FAST, 1e-4),
+    "fused, compiled, bf16": ({**FAST, "trainer.precision": "bf16-mixed"}, 0.01),
+    "fused, compiled, float8 emulated": ({**FAST, "trainer.float8": "emulate"}, 0.02),
 }
-MIXED = {"optimizer.fused": "true", "trainer.compile": "true", "trainer.precision": "bf16-mixed"}
-ON_GPU: dict[str, tuple[dict[str, str], float]] = {"fused, compiled, bf16": (MIXED, 0.01)}
 
 
 def curves(options: argparse.Namespace) -> dict[str, Any]:
@@ -41,16 +39,15 @@ def curves(options: argparse.Namespace) -> dict[str, Any]:
         )
     if find_spec("torchao") is None:
         raise ImportError("float8 needs torchao: pip install -e '.[float8]'")
-    ways = {**WAYS, **(ON_GPU if GPU else {})}
     losses = {BEFORE: _losses(options, PLAIN)}
-    losses |= {name: _losses(options, {**PLAIN, **changed}) for name, (changed, _) in ways.items()}
+    losses |= {name: _losses(options, {**PLAIN, **changed}) for name, (changed, _) in WAYS.items()}
     print("| | mean loss, last fifth | from before | allowed | largest of a step |\n|---|---|---|---|---|")
     last = slice(-max(1, options.steps // 5), None)
     before, far = losses[BEFORE], []
     for name, found in losses.items():
         mean = found[last].mean() / before[last].mean() - 1
         step = ((found - before) / before).abs().max()
-        allowed = ways[name][1] if name in ways else 0.0
+        allowed = WAYS[name][1] if name in WAYS else 0.0
         print(f"| {name} | {found[last].mean():.5f} | {mean:+.2e} | {allowed:g} | {step:.1e} |")
         far += [name] if not abs(mean) <= allowed else []
     return {"losses": {name: found.tolist() for name, found in losses.items()}, "failed": far}
