@@ -121,8 +121,10 @@ def test_pairs_are_what_the_run_makes_of_noise(folder, tmp_path, capsys):
     assert index.read(rounded).about["pairs"] == pairs | {"precision": "bfloat16"}
     _, near, _ = read(rounded)
     assert 0 < (near - ends).abs().max() < 0.05 * ends.abs().max()
-    for exact, rounded in zip((eps, ends), half, strict=False):
-        assert rounded.dtype == torch.float16 and (exact - rounded).abs().max() < 0.01
+    for exact, kept in zip((eps, ends), half, strict=False):
+        assert kept.dtype == torch.float16 and (exact - kept).abs().max() < 0.01
+    with pytest.raises(ConfigError, match=r"encoded otherwise \(precision was bfloat16"):
+        encoded(folder, rounded, "dtype=float32", "guidance.scale=2")
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "edm", "flow"])

@@ -99,8 +99,6 @@ def precision(default: str, help: str) -> dict[str, dict[str, Any]]:
 
 OF_A_RECIPE = "of a recipe, as for dit doctor: model=dit_s_2"
 REPEATS = {"--repeats": number(5, "that take turns")}
-
-
 STEPPED = {"--steps": number(1, "in each repeat"), **REPEATS}
 COMPILE = {"--compile": {"action": "store_true", "help": "measure ours compiled, too"}}
 IN_A_STEP = {

@@ -77,8 +77,7 @@ class Ours:
     def _pipeline(self, parts: Parts) -> Callable[[], Tensor]:
         denoiser = parts.denoiser("meta").eval()
         denoiser.network = self.network
-        pipeline = parts.pipeline(denoiser, parts.latent().to(DEVICE))
-        pipeline.within = self.within
+        pipeline = parts.pipeline(denoiser, parts.latent().to(DEVICE), within=self.within)
         sigma = parts.schedule(pipeline.times[0]).sigma.float()
         noise = (self.noise / sigma).to(DEVICE)
         return lambda: pipeline({"label": self.labels}, len(self.labels), noise=noise)

@@ -205,10 +205,16 @@ class Parts:
     def export(self, denoiser: Denoiser, data: Any, folder: Path) -> None:
         """Write to a run's folder, at its end, what others need of it; nothing."""
 
-    def pipeline(self, denoiser: Denoiser, latent: Latent, num_steps: int | None = None) -> Pipeline:
+    def pipeline(
+        self,
+        denoiser: Denoiser,
+        latent: Latent,
+        num_steps: int | None = None,
+        within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> Pipeline:
         """From what is asked for to pictures, with the configured sampler, grid and guidance, in the steps, too."""
         grid = self.grid if num_steps is None else partial(self.grid, num_steps=num_steps)
-        return Pipeline(denoiser, self.condition, latent, self._guidance, self._sampler, grid)
+        return Pipeline(denoiser, self.condition, latent, self._guidance, self._sampler, grid, within)
 
 
 def parts_of(cfg: DictConfig) -> Any:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from dit.train.graphed import Graphed
 
 CHECKPOINTING = ("none", "full", "selective")
-PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d)  # which autocast takes in bfloat16
+PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d)  # of our networks, that autocast takes in bfloat16
 
 
 def arrange(
@@ -31,7 +31,7 @@ def arrange(
     frozen: bool = False,
     narrow: bool = False,
 ) -> None:
-    """Set in place how a network is executed; what it computes stays the same.
+    """Set in place how a network is executed; what it computes stays the same, but for the rounding of `narrow`.
 
     Args:
         network: with `units`, a tuple of classes of modules.
@@ -68,9 +68,10 @@ def arrange(
                 from dit.train import products  # the compiler takes seconds to import
 
                 options = products.options(frozen)
-    for module in network.modules():
-        if narrow and isinstance(module, PRODUCTS):
-            module.to(torch.bfloat16)
+    if narrow:
+        for module in network.modules():
+            if isinstance(module, PRODUCTS):
+                module.to(torch.bfloat16)
     if channels_last:
         network.to(memory_format=torch.channels_last)
     for module in network.modules():

@@ -42,7 +42,7 @@ class Loaded(NamedTuple):
         return self._replace(parts=parts, scale=scale)
 
     def arranged(self, *, compile: bool = False, cuda_graphs: bool = False, precision: str = "float32") -> "Loaded":
-        """The same, executed so from now on: the network is changed in place.
+        """The same, executed so from now on, once: the network is changed in place, so that this one is of no more use.
 
         Args:
             compile: the network by torch.compile, when it is first called, and anew for each size of a batch.
@@ -61,8 +61,7 @@ class Loaded(NamedTuple):
 
     def pipeline(self) -> Pipeline:
         """From what is asked for to pictures."""
-        pipeline: Pipeline = self.parts.pipeline(self.denoiser, self.latent)
-        pipeline.within = self.narrowed
+        pipeline: Pipeline = self.parts.pipeline(self.denoiser, self.latent, within=self.narrowed)
         return pipeline
 
     def narrowed(self) -> AbstractContextManager[Any]:

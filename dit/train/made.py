@@ -72,8 +72,9 @@ def name_of(number: int) -> str:
 
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """What differs in two plans: the key, what it was, what it is."""
-    for key in now:
-        if isinstance(now[key], dict) and isinstance(before.get(key), dict):
-            yield from _differing(before[key], now[key])
-        elif now[key] != before.get(key):
-            yield key, before.get(key), now[key]
+    for key in {**before, **now}:
+        had, has = before.get(key), now.get(key)
+        if isinstance(has, dict) and isinstance(had, dict):
+            yield from _differing(had, has)
+        elif has != had:
+            yield key, had, has
