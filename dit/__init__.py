@@ -35,8 +35,8 @@ def load(
     Args:
         path: its folder.
         compile: the network by torch.compile: slow at the first batch, and at each of another size, then faster; the
-            same images up to rounding. On an AMD CPU weights are then in memory twice, and what is written
-            to them through `.data` is not seen. Without a GPU the process keeps up to 2 GiB of freed memory.
+            same images up to rounding. On an AMD CPU weights are then in memory twice, and what is written to them
+            through `.data` is not seen. Without a GPU the process keeps up to 2 GiB of freed memory.
         cuda_graphs: on a GPU, replay the network's forwards, which spares launches where batches are small. On a CPU it
             does nothing. Not yet run.
         precision: `float32`, or `bfloat16`: the network's matrix products, with weights that are rounded once, all else

@@ -431,6 +431,9 @@ def test_efficiency_is_what_a_bench_measured(tools, tmp_path):
     path.write_text(json.dumps(line | {"asked": {"overrides": ["trainer.activation_checkpointing=full"]}}))
     with pytest.raises(ValueError, match="without it"):
         scaling.measured(path)
+    path.write_text(json.dumps(line | {"asked": {"overrides": [], "precision": "float32"}}))
+    with pytest.raises(ValueError, match="--precision bfloat16"):
+        scaling.measured(path)
     path.write_text(json.dumps(line | {"datasheet": None}))
     with pytest.raises(ValueError, match="is not that of tools/bench"):
         scaling.measured(path)

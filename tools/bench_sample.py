@@ -9,7 +9,7 @@ import itertools
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext, redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from bench_apart import Apart
 from bench_fixtures import trained, vae
-from bench_machine import DEVICE, GPU, measured, ratio
+from bench_machine import DEVICE, GPU, autocast, measured, ratio
 from torch import Tensor
 
 from dit.command.compose import compose
@@ -46,7 +46,7 @@ class Ours:
         self.network = trained(parts.denoiser().network).to(DEVICE).eval()
         narrow = precision == "bfloat16"
         arrange(self.network, **execution, frozen=True, narrow=narrow)  # as of dit.load
-        self.within = partial(torch.autocast, DEVICE.type, torch.bfloat16) if narrow else nullcontext
+        self.within = partial(autocast, narrow)
         self.noise = torch.randn(images, *parts.latent().shape, generator=torch.Generator().manual_seed(0))
         self.labels = torch.arange(images) % 1000
         self._works: dict[tuple[str, ...], Callable[[], Tensor]] = {}
@@ -84,17 +84,11 @@ class Ours:
 
 
 class Peer:
-    """What `dit export format=diffusers` makes of the same network, in a folder, and draws."""
+    """The pipeline of a folder, and what it draws."""
 
-    def __init__(self, words: list[str], images: int, scale: float, steps: int, precision: str, folder: Path):
+    def __init__(self, folder: Path, images: int, scale: float, steps: int, precision: str):
         import diffusers
 
-        cfg = compose("train", words)
-        weights = dict(trained(Parts(cfg).denoiser().network).state_dict())
-        about = {"format": "diffusers", "precision": "float32", "weights": "ema", "step": 0, "parameters": 0}
-        folder.mkdir(parents=True)
-        with redirect_stdout(io.StringIO()):
-            Exporting(folder.parent, cfg, weights, about).write(folder)
         loaded: Any = diffusers.DiTPipeline.from_pretrained(folder, torch_dtype=getattr(torch, precision))
         self.pipeline = loaded.to(DEVICE)
         self.pipeline.set_progress_bar_config(disable=True)
@@ -138,8 +132,10 @@ def sample(options: argparse.Namespace) -> dict[str, Any]:
         for words in (full, within):
             Parts(compose("train", words))  # what does not fit fails here
         peers = _peers(options.precision) if options.against else {}
-        asked = full, options.images, options.scale, options.steps
-        rows = {name: Row(apart(Peer, *asked, how, Path(folder) / how / "stock")) for name, how in peers.items()}
+        if peers:
+            _export(full, Path(folder) / "stock")
+        asked = Path(folder) / "stock", options.images, options.scale, options.steps
+        rows = {name: Row(apart(Peer, *asked, precision)) for name, precision in peers.items()}
         executions = _executions(options.compile)
         ours = {name: apart(Ours, full, options.images, how, options.precision) for name, how in executions.items()}
         rows |= {f"ours, {name}": Row(drawn, (full,)) for name, drawn in ours.items()}
@@ -164,6 +160,16 @@ def sample(options: argparse.Namespace) -> dict[str, Any]:
             print(f"\nours, {fastest}, over {name}: {over}")
         table = _table(options, f"{folder}/vae", ours[fastest])
     return {"seconds": seconds, "table": table}
+
+
+def _export(words: list[str], folder: Path) -> None:
+    """What `dit export format=diffusers` makes of the same network."""
+    cfg = compose("train", words)
+    weights = dict(trained(Parts(cfg).denoiser().network).state_dict())
+    about = {"format": "diffusers", "precision": "float32", "weights": "ema", "step": 0, "parameters": 0}
+    folder.mkdir()
+    with redirect_stdout(io.StringIO()):
+        Exporting(folder.parent, cfg, weights, about).write(folder)
 
 
 def _peers(precision: str) -> dict[str, str]:

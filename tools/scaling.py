@@ -131,10 +131,11 @@ def measured(path: Path) -> float:
     """The share of the data sheet's peak of forward and backward of ours, in what `tools/bench.py train` printed.
 
     Raises:
-        ValueError: if that is not in the file, or was measured on a CPU.
+        ValueError: if that is not in the file, or was measured on a CPU, or in float32: it is of the peak of bfloat16.
     """
     try:
         found = json.loads(path.read_text().splitlines()[-1])
+        narrow = found["asked"].get("precision", "bfloat16") == "bfloat16"
         recomputed = any("activation_checkpointing" in word for word in found["asked"]["overrides"])
         rows = [times for name, times in found["seconds"].items() if name.startswith("ours")]
         passes = [a + b for a, b in zip(rows[-1]["forward"], rows[-1]["backward"], strict=True)]
@@ -145,6 +146,8 @@ def measured(path: Path) -> float:
         raise ValueError(
             f"--measured={path}: its last line is not that of tools/bench.py train on a GPU of a known data sheet"
         ) from error
+    if not narrow:
+        raise ValueError(f"--measured={path}: in float32, but it is a share of bfloat16's peak: --precision bfloat16")
     if recomputed:
         raise ValueError(f"--measured={path}: with activation_checkpointing, whose passes are counted here: without it")
     return share

@@ -58,10 +58,9 @@ def arrange(
         raise ValueError(
             f"trainer.{option}: model {type(network).__name__} names no units to compile or to checkpoint; leave it out"
         )
-    options, whole = None, False
+    options = None
     if not torch.cuda.is_available():
         _keep_memory()
-        whole = frozen
         if compile:
             _check_compiler()
             if _amd():
@@ -74,22 +73,21 @@ def arrange(
                 module.to(torch.bfloat16)
     if channels_last:
         network.to(memory_format=torch.channels_last)
-    for module in network.modules():
-        if not isinstance(module, units):
-            continue
-        if checkpointing != "none":
-            how: dict[str, Any] = {"use_reentrant": False}
-            if checkpointing == "selective":
-                how["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+    of_units = [module for module in network.modules() if isinstance(module, units)]
+    if checkpointing != "none":
+        how: dict[str, Any] = {"use_reentrant": False}
+        if checkpointing == "selective":
+            how["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+        for module in of_units:
             module.forward = _checkpointed(module.forward, how)
-        if compile and not whole:
+    if compile:
+        as_one = frozen and not torch.cuda.is_available()
+        for module in [network] if as_one else of_units:
             module.compile(dynamic=False, options=options)
-    if compile and whole:
-        network.compile(dynamic=False, options=options)
+        # Units of one class share their code, and each shape of theirs counts, as each of a network.
+        torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
     if cuda_graphs:
         network.forward = Graphed(network)
-    if compile:  # units of one class share their code, and each shape of theirs counts, as each of a network
-        torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
 
 
 def _check_compiler() -> None:
